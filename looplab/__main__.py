@@ -1,0 +1,21 @@
+"""`python -m looplab my_package.my_recipe:build --epochs 3` runs the recipe function `build`."""
+
+import importlib
+import sys
+
+from looplab.recipe import main
+
+
+def _run() -> None:
+    usage = "usage: python -m looplab MODULE:FUNCTION [--flag ...]    (--help after it lists the flags)"
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(usage)
+    module, _, function = sys.argv[1].partition(":")
+    try:
+        recipe = getattr(importlib.import_module(module), function or module.rpartition(".")[2])
+    except (ModuleNotFoundError, AttributeError) as error:
+        sys.exit(f"python -m looplab: {sys.argv[1]} names no recipe function: {error}\n{usage}")
+    main(recipe, sys.argv[2:])
+
+
+_run()

@@ -1,0 +1,107 @@
+"""Additions to Keras's callbacks, each a plain `keras.callbacks.Callback`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm.auto import tqdm
+
+
+class ProgressBar(keras.callbacks.Callback):
+    """A line for each epoch: its loss and metrics, steps per second, time left.
+
+    While the epoch goes on the line tells the mean of its steps so far, at its end the epoch's own values. It shows
+    nothing where standard error is no terminal.
+    """
+
+    async_safe = True  # it only looks
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._sums: dict[str, float] = {}
+        self._bar = tqdm(
+            desc=f"epoch {epoch + 1}/{self.params['epochs']}",
+            total=self.params["steps"],
+            unit="step",
+            disable=None,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._bar.disable:
+            return
+        for name, value in logs.items():
+            if "/" not in name:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        if self._bar.n % 16 == 0:
+            self._bar.set_postfix({name: _short(total / (batch + 1)) for name, total in self._sums.items()}, refresh=False)
+        self._bar.update()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._bar.set_postfix(_shown(logs or {}), refresh=False)
+        self._bar.close()
+
+
+class EpochLine(keras.callbacks.Callback):
+    """Prints a line for each epoch, for logs that are no terminal (`verbose=2`)."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        values = " - ".join(f"{name}: {value}" for name, value in _shown(logs or {}).items())
+        print(f"epoch {epoch + 1}/{self.params['epochs']} - {values}", flush=True)
+
+
+class Pictures(keras.callbacks.Callback):
+    """Draws pictures at the end of each epoch: into TensorBoard, and as `<log_dir>/pictures/<name>-<epoch>.png`.
+
+    Args:
+        draw: Returns uint8 images of shape (height, width, 1, 3 or 4), by name.
+    """
+
+    def __init__(self, draw: Callable[[], dict[str, np.ndarray]]):
+        super().__init__()
+        self._draw = draw
+
+    def on_epoch_end(self, epoch, logs=None):
+        log_dir = self.model.log_dir
+        if log_dir is None:
+            return
+        for name, image in self._draw().items():
+            self.model.log_image(name, image[None])
+            path = Path(log_dir) / "pictures" / f"{name}-{epoch + 1:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tf.io.encode_png(image).numpy())
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """One picture of many: (n, height, width, channels) in rows of `columns`; what is missing from the last is 0."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    padded = np.zeros((rows * columns, height, width, channels), images.dtype)
+    padded[:n] = images
+    grid = padded.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
+def hooked_to_batches(callbacks: Iterable[keras.callbacks.Callback], kind: str) -> list[keras.callbacks.Callback]:
+    """Those that do something at the begin or end of a batch; `kind` is "train", "test" or "predict"."""
+    names = [f"on_{kind}_batch_begin", f"on_{kind}_batch_end", "on_batch_begin", "on_batch_end"]
+    return [callback for callback in callbacks if any(_overrides(callback, name) for name in names)]
+
+
+def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:
+    method: Any = getattr(callback, name)
+    return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, name)
+
+
+def _shown(logs: dict[str, float]) -> dict[str, str]:
+    return {name: _short(value) for name, value in logs.items() if "/" not in name}
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"

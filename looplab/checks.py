@@ -1,0 +1,127 @@
+"""What a user can get wrong around a step, each as one error that tells what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def positive(**arguments: Any) -> None:
+    """Each argument is a whole number from 1 on, or None."""
+    for name, value in arguments.items():
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
+            raise ValueError(f"`{name}` must be a whole number of at least 1; {value!r} came.")
+
+
+def steps_per_execution(value: Any) -> None:
+    """It is "auto" or a whole number from 1 on."""
+    if value != "auto":
+        try:
+            positive(steps_per_execution=value if value is not None else 0)
+        except ValueError as error:
+            raise ValueError(f'`steps_per_execution` must be "auto" or at least 1; {value!r} came.') from error
+
+
+def no_other_run(log_dir: Path) -> None:
+    """The log folder holds no event files of another run."""
+    if log_dir.exists() and not log_dir.is_dir():
+        raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file.")
+    if any(log_dir.glob("*/events.out.tfevents.*")):
+        raise ValueError(f"`log_dir` {log_dir} holds the run of another trainer. Pass a new folder, or remove that one.")
+
+
+def callbacks(given: Iterable[Any]) -> None:
+    """They are Keras callbacks, and none does what the trainer itself does."""
+    instead = {
+        keras.callbacks.TensorBoard: "pass `log_dir` to the trainer, which writes every step",
+        keras.callbacks.ProgbarLogger: "`verbose=1` of `fit` shows a bar",
+    }
+    for callback in given:
+        if not isinstance(callback, keras.callbacks.Callback):
+            raise TypeError(f"`callbacks` must be `keras.callbacks.Callback`s; {type(callback).__name__} came.")
+        for refused, remedy in instead.items():
+            if isinstance(callback, refused):
+                raise ValueError(f"`callbacks` holds a `{refused.__name__}`, which works inside `Model.fit` alone: {remedy}.")
+
+
+def step_logs(step: str, logs: Any) -> dict[str, tf.Tensor]:
+    """What a step returned is a dict of scalars by name; as tensors."""
+    if not isinstance(logs, dict):
+        raise TypeError(
+            f"`{step}` must return a dict of this batch's scalars by name, such as {{'loss': loss}}; "
+            f"it returned {type(logs).__name__}."
+        )
+    return {name: scalar(f"`{step}` returned", name, value) for name, value in logs.items()}
+
+
+def scalar(who: str, name: Any, value: Any) -> tf.Tensor:
+    """`value` is one number, and its name a string; as a tensor."""
+    if not isinstance(name, str):
+        raise TypeError(f"{who} a value under the name {name!r}: names must be strings.")
+    try:
+        tensor = tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{who} '{name}' as {type(value).__name__}; it must be a scalar tensor.") from error
+    if tensor.shape.rank != 0 or not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):
+        raise ValueError(
+            f"{who} '{name}' with shape {tensor.shape} and dtype {tensor.dtype.name}; it must be one number. "
+            f"Reduce it first, such as with `tf.reduce_mean`."
+        )
+    return tensor
+
+
+def loss(value: Any) -> tf.Tensor:
+    """A loss is one floating number; as a tensor."""
+    if value is None:
+        raise ValueError("`loss` is None. Return it from `compute_loss`, or pass it to `minimize`.")
+    tensor = tf.convert_to_tensor(value)
+    if tensor.shape.rank != 0 or not tensor.dtype.is_floating:
+        raise ValueError(
+            f"`loss` must be one floating number; shape {tensor.shape} and dtype {tensor.dtype.name} came. "
+            f"Reduce it over the batch, such as with `tf.reduce_mean`."
+        )
+    return tensor
+
+
+def gradients(values: Sequence[Any], variables: Sequence[Any]) -> None:
+    """At least one variable has a gradient."""
+    if all(value is None for value in values):
+        names = ", ".join(getattr(v, "path", v.name) for v in variables[:5]) + (", …" if len(variables) > 5 else "")
+        raise ValueError(
+            f"The loss depends on none of the {len(variables)} `variables` ({names}): no gradient. Compute it inside "
+            f"the `tf.GradientTape` block, with TensorFlow or `keras.ops` alone, from the model's outputs."
+        )
+
+
+def targets(y: Any, loss_name: str) -> None:
+    """There are targets where a loss needs them."""
+    if y is None:
+        raise ValueError(
+            f"`loss` {loss_name} needs targets, and the data has no y. Pass y, or let the data set's elements be "
+            f"(x, y); a model that adds its losses itself takes `loss=None`."
+        )
+
+
+def unknown_options(who: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """No option has a name that `who` does not know."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean `{near[0]}`?" if near else f" It takes {', '.join(f'`{k}`' for k in known)}."
+            raise TypeError(f"{who} takes no `{name}`.{hint}")
+
+
+def images(name: str, value: Any) -> tf.Tensor:
+    """`value` is a batch of pictures; as uint8."""
+    tensor = tf.convert_to_tensor(value)
+    if tensor.shape.rank != 4 or tensor.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"Images for '{name}' must have the shape (n, height, width, channels) with 1, 3 or 4 channels; "
+            f"{tensor.shape} came."
+        )
+    return tensor if tensor.dtype == tf.uint8 else tf.image.convert_image_dtype(tensor, tf.uint8, saturate=True)

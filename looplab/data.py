@@ -1,0 +1,201 @@
+"""Turns what a user passes as data into batches whose order is a function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_BUFFER = 4  # batches that are made ready while the graph computes: more has shown no gain
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Data as batches, epoch after epoch."""
+
+    start: Callable[[int], tf.data.Dataset]
+    """`start(epoch)`: the batches from the beginning of that epoch (from 0) on."""
+    steps: int | None
+    """Batches in an epoch, or None where only the end of the data tells."""
+    continues: bool
+    """Whether one iterator goes on through all epochs; else each epoch begins with `start`."""
+    element_spec: Any
+    """The signature of a batch, as `tf.data` tells it."""
+
+
+def from_arguments(
+    name: str,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    class_weight: dict[int, float] | None = None,
+    steps: int | None = None,
+    strategy: tf.distribute.Strategy,
+) -> Batches:
+    """Batches from arrays, from a `tf.data.Dataset`, or from a function of the epoch that returns one.
+
+    Args:
+        name: What an error calls `x`: "x" or "validation_data".
+        steps: Batches in an epoch, if not as many as there are. The data then goes on in the next epoch where it
+            stopped, and starts again at its end.
+
+    Raises:
+        TypeError: `x` is none of these.
+        ValueError: The parts differ in length, are empty, or do not go together.
+    """
+    if not is_arrays(x):
+        for other, value in {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}.items():
+            if value is not None:
+                raise ValueError(
+                    f"`{other}` must not be given where `{name}` is a data set: it came with {type(x).__name__}. "
+                    f"Let the data set's elements be batches: x, (x, y) or (x, y, sample_weight)."
+                )
+        batches = _from_dataset(name, x, steps) if isinstance(x, tf.data.Dataset) else _from_function(name, x, steps)
+    else:
+        arrays = to_arrays(name, x, y, sample_weight)
+        batches = _from_arrays(name, arrays, 32 if batch_size is None else batch_size, shuffle, seed, steps)
+
+    def start(epoch: int) -> tf.data.Dataset:
+        dataset = batches.start(epoch)
+        if class_weight:
+            dataset = dataset.map(_class_weighting(class_weight))
+        return strategy.experimental_distribute_dataset(dataset)
+
+    return dataclasses.replace(batches, start=start, element_spec=start(0).element_spec)
+
+
+def is_arrays(x: Any) -> bool:
+    """Whether `x` is neither a data set nor a function that returns one."""
+    return not isinstance(x, tf.data.Dataset) and not callable(x)
+
+
+def to_arrays(name: str, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+    """(x, y, sample_weight) as arrays, without what is None: floating numbers as Keras's `floatx`, lists as tuples."""
+    parts = {name: x, "y": y, "sample_weight": sample_weight}
+    arrays = {part: _to_arrays(part, value) for part, value in parts.items() if value is not None}
+    lengths = {part: {len(leaf) for leaf in tf.nest.flatten(value)} for part, value in arrays.items()}
+    if len(set.union(*lengths.values())) > 1:
+        told = ", ".join(f"`{part}` has {' and '.join(map(str, sorted(n)))}" for part, n in lengths.items())
+        raise ValueError(f"All parts of the data must have the same number of examples; {told}.")
+    if lengths[name] == {0}:
+        raise ValueError(f"`{name}` is empty: it has 0 examples. Pass at least one.")
+    return keras.utils.pack_x_y_sample_weight(arrays[name], arrays.get("y"), arrays.get("sample_weight"))
+
+
+def split(arrays: Any, fraction: float) -> tuple[Any, Any]:
+    """(all but the last `fraction` of the examples, the last `fraction`), before any shuffling, as Keras does it."""
+    n = len(tf.nest.flatten(arrays)[0])
+    cut = math.floor(n * (1 - fraction))
+    if not 0 < cut < n:
+        raise ValueError(
+            f"`validation_split={fraction}` of {n} examples leaves {cut} to train on and {n - cut} to validate on. "
+            f"Both must be at least 1."
+        )
+    return tuple(tf.nest.map_structure(lambda a, part=part: a[part], arrays) for part in (slice(cut), slice(cut, n)))
+
+
+def _to_arrays(part: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_arrays(f"{part}[{key!r}]", inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)) and all(hasattr(inner, "__array__") for inner in value):
+        return tuple(_to_arrays(f"{part}[{index}]", inner) for index, inner in enumerate(value))
+    if not hasattr(value, "__array__") and not isinstance(value, (list, tuple, tf.RaggedTensor)):
+        raise TypeError(
+            f"`{part}` must be an array, a dict or tuple of arrays, a `tf.data.Dataset`, or a function of the epoch "
+            f"that returns one; {type(value).__name__} came. Wrap any other iterable as "
+            f"`tf.data.Dataset.from_generator(lambda: iterable, output_signature=...)`."
+        )
+    array = value if isinstance(value, (tf.Tensor, tf.RaggedTensor)) else np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(f"`{part}` must hold numbers; an array of objects came. Make all its rows the same shape and type.")
+    if len(array.shape) == 0:
+        raise ValueError(f"`{part}` must have its examples along its first dimension; a single number came.")
+    if tf.as_dtype(array.dtype).is_floating and array.dtype != keras.config.floatx():
+        array = tf.cast(array, keras.config.floatx()) if tf.is_tensor(array) else array.astype(keras.config.floatx())
+    return array
+
+
+def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
+    n = len(tf.nest.flatten(arrays)[0])
+    per_pass = math.ceil(n / batch_size)
+    tensors = tf.nest.map_structure(tf.convert_to_tensor, arrays)
+
+    def one_pass(number: tf.Tensor) -> tf.data.Dataset:
+        """The rows of each batch of one pass over the data."""
+        rows = tf.range(n, dtype=tf.int64)
+        if shuffle:
+            rows = tf.random.experimental.stateless_shuffle(rows, tf.stack([tf.constant(seed, tf.int64), number]))
+        return tf.data.Dataset.range(0, n, batch_size).map(lambda first: rows[first : first + batch_size])
+
+    def start(epoch: int) -> tf.data.Dataset:
+        passed, batch = divmod(epoch * (steps or per_pass), per_pass)
+        rows = tf.data.Dataset.range(passed, tf.int64.max).flat_map(one_pass).skip(batch)
+        dataset = rows.map(lambda r: tf.nest.map_structure(lambda a: tf.gather(a, r), tensors))
+        options = tf.data.Options()
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+        return dataset.prefetch(_BUFFER).with_options(options)
+
+    return Batches(start, steps or per_pass, True, None)
+
+
+def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None) -> Batches:
+    _check_signature(name, dataset)
+    size = int(dataset.cardinality())
+    if size == 0:
+        raise ValueError(f"`{name}` is an empty data set. Pass at least one batch.")
+    if steps is not None:
+        return Batches(lambda epoch: dataset.repeat(), steps, True, None)
+    if size == tf.data.INFINITE_CARDINALITY:
+        argument = "steps_per_epoch" if name == "x" else "validation_steps"
+        raise ValueError(f"`{name}` is an endless data set: say with `{argument}` how many batches an epoch has.")
+    return Batches(lambda epoch: dataset, size if size > 0 else None, False, None)
+
+
+def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None) -> Batches:
+    first = function(0)
+    if not isinstance(first, tf.data.Dataset):
+        raise TypeError(
+            f"`{name}` is a function of the epoch, which must return a `tf.data.Dataset`; "
+            f"for epoch 0 it returned {type(first).__name__}."
+        )
+    size = _from_dataset(name, first, steps).steps
+
+    def start(epoch: int) -> tf.data.Dataset:
+        return function(epoch) if steps is None else function(epoch).repeat().take(steps)
+
+    return Batches(start, size, False, None)
+
+
+def _check_signature(name: str, dataset: tf.data.Dataset) -> None:
+    spec = dataset.element_spec
+    if isinstance(spec, tuple) and not 1 <= len(spec) <= 3:
+        raise ValueError(
+            f"A batch of `{name}` must be x, (x, y) or (x, y, sample_weight); a tuple of {len(spec)} came. "
+            f"Several inputs go into one x, as a dict or an inner tuple."
+        )
+
+
+def _class_weighting(class_weight: dict[int, float]) -> Callable:
+    """A map over batches that multiplies sample weights by the weight of each target's class, 1 where it has none."""
+    table = np.ones(max(class_weight) + 1, keras.config.floatx())
+    table[list(class_weight)] = list(class_weight.values())
+
+    def weigh(*batch):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if not isinstance(y, tf.Tensor):
+            raise ValueError("`class_weight` needs one target for each example: y came with a structure or not at all.")
+        labels = tf.argmax(y, -1) if y.shape.rank > 1 and y.shape[-1] != 1 else tf.reshape(tf.cast(y, tf.int64), [-1])
+        known = tf.minimum(labels, len(table) - 1)
+        weight = tf.where(labels < len(table), tf.gather(table, known), 1)
+        return x, y, weight if sample_weight is None else weight * tf.cast(sample_weight, weight.dtype)
+
+    return weigh

@@ -1,0 +1,174 @@
+"""Turns one step into one graph call of up to K steps that returns the logs of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+
+class StepLogs(NamedTuple):
+    """What one replica tells of its part of a batch."""
+
+    scalars: dict[str, tf.Tensor]
+    """Scalars of any numeric dtype, by name."""
+    images: dict[str, tf.Tensor]
+    """uint8 images of shape (n, height, width, channels), by name."""
+
+
+class CallLogs(NamedTuple):
+    """What one graph call tells of the steps that it did."""
+
+    done: int
+    """How many steps were done: fewer than asked for only where the data ended."""
+    weights: np.ndarray
+    """float64, shape (done,): how many examples each step's batch had."""
+    scalars: dict[str, np.ndarray]
+    """float64, shape (done,), by name: wide enough to hold each float32 and int32 exactly."""
+    images: list[tuple[int, str, list[bytes]]]
+    """(index of the step in this call, name, PNG files)."""
+
+
+class Loop:
+    """`step(batch, number)` as a graph call that does up to K steps and returns the logs of each.
+
+    The step is traced once for each signature of the data and called from a `while` loop in the graph. There K is a
+    tensor: one trace serves every K, and every K gives the same bits.
+
+    Args:
+        step: What one replica does with its part of a batch: `step(batch, number) -> StepLogs`, where `number` counts
+            the steps from 1 (int64 scalar).
+        image_every: For each image's name, n: it is kept at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
+        strategy: Where the step runs. The replicas' scalars are averaged, weighed by the examples that each had.
+        jit_compile: Whether XLA compiles the step.
+        run_eagerly: Whether Python goes through it line by line, for debugging.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Any, tf.Tensor], StepLogs],
+        image_every: dict[str, int],
+        strategy: tf.distribute.Strategy,
+        jit_compile: bool = False,
+        run_eagerly: bool = False,
+    ):
+        self._step = step
+        self._image_every = image_every
+        self._strategy = strategy
+        self._jit_compile = jit_compile
+        self._run_eagerly = run_eagerly
+        self._calls: list[tuple[Any, Callable]] = []  # (signature of the data, graph call)
+        self._scalar_names: list[str] = []
+        self._image_names: list[str] = []
+
+    def prepare(self, element_spec: Any) -> None:
+        """Traces the step for data of this signature, if that was not done: makes all variables, and runs nothing."""
+        self._call_for(element_spec)
+
+    def __call__(self, iterator: Iterator, steps: int, first: int) -> CallLogs:
+        """Does up to `steps` steps on what `iterator` gives, the first of them being number `first`."""
+        call = self._call_for(iterator.element_spec)  # type: ignore[attr-defined]
+        rows, pictures = call(iterator, tf.constant(steps, tf.int32), tf.constant(first, tf.int64))
+        table = rows.numpy()
+        images = [
+            (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
+            for index, row in enumerate(pictures.numpy())
+            for name, cell in zip(self._image_names, row, strict=True)
+            if cell
+        ]
+        scalars = {name: table[:, 1 + column] for column, name in enumerate(self._scalar_names)}
+        return CallLogs(len(table), table[:, 0], scalars, images)
+
+    def _call_for(self, element_spec: Any) -> Callable:
+        for spec, call in self._calls:
+            if spec == element_spec:
+                return call
+        if self._run_eagerly:
+            call = self._repeat(self._whole_step, None)
+        else:
+            step = tf.function(self._whole_step, jit_compile=self._jit_compile or None)
+            traced = step.get_concrete_function(element_spec, tf.TensorSpec((), tf.int64))
+            call = tf.function(self._repeat(traced, traced.structured_outputs))
+        self._calls.append((element_spec, call))
+        return call
+
+    def _whole_step(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, StepLogs]:
+        """One step on all replicas: the count of examples, and float64 means weighed by it."""
+
+        def replica_step(batch, number):
+            weight = tf.cast(_examples(batch), tf.float64)
+            logs = self._step(batch, number)
+            # In float64 the product with a count, and the quotient, are exact: one replica's float32 comes back as
+            # it was. Sums, because in a ragged last batch a replica may have no rows, and then no mean.
+            sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
+            sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
+            return weight, sums, logs.images
+
+        weight, sums, images = self._strategy.run(replica_step, (batch, number))
+        total = self._strategy.reduce("SUM", weight, axis=None)
+        means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
+        images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
+        self._scalar_names, self._image_names = list(means), list(images)
+        return total, StepLogs(means, images)
+
+    def _repeat(self, step: Callable, outputs: tuple[tf.Tensor, StepLogs] | None) -> Callable:
+        """The loop around `step`, as a function for `tf.function`, or without it for Python to step through."""
+        eager = outputs is None
+        row_shape = None if eager else (1 + len(outputs[1].scalars),)
+        picture_shape = None if eager else (len(outputs[1].images),)
+
+        def call(iterator, steps, first):
+            rows = tf.TensorArray(tf.float64, 0 if eager else steps, dynamic_size=eager, element_shape=row_shape)
+            pictures = tf.TensorArray(tf.string, 0 if eager else steps, dynamic_size=eager, element_shape=picture_shape)
+            done = tf.constant(0)
+            batch = iterator.get_next_as_optional()
+            while done < steps and batch.has_value():
+                weight, logs = step(batch.get_value(), first + tf.cast(done, tf.int64))
+                rows = rows.write(done, tf.stack([weight, *logs.scalars.values()]))
+                pictures = pictures.write(done, self._encoded(logs.images, first + tf.cast(done, tf.int64)))
+                done += 1
+                if done < steps:  # else the batch after the last would be lost to the next call
+                    batch = iterator.get_next_as_optional()
+            return rows.stack()[:done], pictures.stack()[:done]
+
+        return call
+
+    def _encoded(self, images: dict[str, tf.Tensor], number: tf.Tensor) -> tf.Tensor:
+        """A string for each image's name: its PNG files where it is due at this step, else ''."""
+        cells = []
+        for name, image in images.items():
+            due = tf.equal((number - 1) % self._image_every[name], 0)
+            cells.append(tf.cond(due, lambda image=image: tf.io.serialize_tensor(tf.io.encode_png(image)), lambda: ""))
+        return tf.stack(cells) if cells else tf.zeros((0,), tf.string)
+
+
+def _examples(batch: Any) -> tf.Tensor:
+    """How many examples a batch has: the length of its first tensor, or 1 where that has no dimensions."""
+    first = tf.nest.flatten(batch)[0]
+    if isinstance(first, tf.RaggedTensor):
+        return first.nrows()
+    return 1 if first.shape.rank == 0 else tf.shape(first)[0]
+
+
+def _wide(value: tf.Tensor) -> tf.Tensor:
+    return tf.cast(value, tf.float64)
+
+
+class Pace:
+    """How many steps the next graph call does: a given number, or as many as take `seconds`."""
+
+    def __init__(self, steps: int | str, seconds: float = 0.2):
+        self._auto = steps == "auto"
+        self._seconds = seconds
+        self._steps = 1 if self._auto else int(steps)
+
+    def next(self, left: int | None) -> int:
+        """The number for the next call, `left` steps before the epoch ends (None: not known)."""
+        return self._steps if left is None else min(self._steps, left)
+
+    def took(self, steps: int, seconds: float) -> None:
+        """Learns from a call. By ten times at most: what a first call took says nothing of a step."""
+        if self._auto and steps:
+            self._steps = max(1, min(int(self._seconds * steps / max(seconds, 1e-9)), 10 * self._steps))

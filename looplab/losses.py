@@ -1,0 +1,78 @@
+"""The loss ledger: what the model calls of a step added to the loss, by name."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+REGULARIZATION = "regularization"
+
+
+class Ledger(threading.local):
+    """Collects every `add_loss` of one step; each thread, which is each replica, has its own.
+
+    Keras forgets what a model added when that model is called again, so that of a step's two calls only the second
+    would count. (Running the step as the call of an outer layer makes Keras remember, but then a call without
+    `training` inherits it from the call before.) So the ledger listens to `add_loss` itself.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, tf.Tensor] | None = None  # None: no step runs in this thread
+        self._taken: set[str] = set()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it, what any Keras layer adds in a thread where a step was begun is collected."""
+        add_loss = keras.Layer.add_loss
+
+        def listened(layer: keras.Layer, loss: Any) -> None:
+            add_loss(layer, loss)
+            for value in [] if self._parts is None else tf.nest.flatten(loss):
+                # A layer that Keras calls to infer shapes does not keep the loss: nor do we.
+                if any(value is kept for kept in layer.losses):
+                    self.add(layer.path or layer.name, value)
+
+        keras.Layer.add_loss = listened
+        try:
+            yield
+        finally:
+            keras.Layer.add_loss = add_loss
+
+    def begin(self) -> None:
+        """Opens the ledger of a step in this thread."""
+        self._parts, self._taken = {}, set()
+
+    def end(self) -> None:
+        """Closes it."""
+        self._parts = None
+
+    def add(self, name: str, value: Any) -> None:
+        """Enters a part; the second of one name becomes `<name>_2`. It counts as Keras counts it: its sum, as a float."""
+        if self._parts is not None:
+            names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
+            free = next(name for name in names if name not in self._parts)
+            self._parts[free] = tf.cast(tf.reduce_sum(value), keras.config.floatx())
+
+    def parts(self, variables: Iterable[Any] = ()) -> dict[str, tf.Tensor]:
+        """All parts of this step so far, by name: the path of the layer that added it.
+
+        The regularizers of `variables` are one part, `regularization`, however often they are asked for.
+        """
+        if self._parts is None:
+            return {}
+        penalties = [tf.reduce_sum(v.regularizer(v)) for v in variables if getattr(v, "regularizer", None) is not None]
+        if penalties and REGULARIZATION not in self._parts:
+            self.add(REGULARIZATION, tf.add_n(penalties))
+        return dict(self._parts)
+
+    def take(self, variables: Iterable[Any] = ()) -> list[tf.Tensor]:
+        """The values of those parts that no earlier `take` of this step returned, in the order of their coming."""
+        fresh = {name: value for name, value in self.parts(variables).items() if name not in self._taken}
+        self._taken.update(fresh)
+        return list(fresh.values())

@@ -1,0 +1,170 @@
+"""What an object holds through its attributes: models, optimizers, metrics and variables, each by its path."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_LEAVES = (keras.Layer, keras.Optimizer, keras.Metric, keras.Variable, keras.random.SeedGenerator, tf.Variable)
+
+
+def walk(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each thing with state below `attributes`, once, as (path, thing), in the order of the attributes.
+
+    Goes into lists, tuples, dicts, `tf.Module`s, and functions (what they close over, and the globals that they
+    name). A Keras layer or model is one thing, and Keras knows its inside; but a `tf.Variable` that is an attribute
+    of a layer, which Keras does not see, is told beside it.
+    """
+    seen: set[int] = set()
+
+    def visit(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, _LEAVES):
+            yield path, value
+            if isinstance(value, keras.Layer):
+                for layer in value._flatten_layers():
+                    for name, inner in vars(layer).items():
+                        if isinstance(inner, tf.Variable):
+                            yield from visit(f"{path}/{layer.name}/{name}", inner)
+            return
+        for name, inner in _members(value).items():
+            yield from visit(f"{path}/{name}", inner)
+
+    for name, value in attributes.items():
+        yield from visit(name, value)
+
+
+def _members(value: Any) -> dict[str, Any]:
+    """What a container, module or function holds, by name; nothing for anything else."""
+    if isinstance(value, dict):
+        return {str(key): inner for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return {str(index): inner for index, inner in enumerate(value)}
+    if isinstance(value, tf.Module):
+        return {name: inner for name, inner in vars(value).items() if not name.startswith("_tf_")}
+    if isinstance(value, functools.partial):
+        return {"func": value.func, **_members(value.args), **value.keywords}
+    if isinstance(value, tf.types.experimental.PolymorphicFunction):
+        return _members(value.python_function)
+    if inspect.ismethod(value):
+        return {"self": value.__self__}
+    if inspect.isfunction(value):
+        names = inspect.getclosurevars(value)
+        return {**names.nonlocals, **names.globals}
+    return {}
+
+
+class Tracked:
+    """An object whose attributes are found by themselves: what a user of Keras expects of one model, over all of them."""
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """The trainable variables of all models, in the order of the attributes that lead to them."""
+        return self._collect(lambda layer: layer.trainable_variables, lambda variable: variable.trainable)
+
+    @property
+    def weights(self) -> list[Any]:
+        """The weights of all models, as `keras.Model.weights`: without seeds, metrics and optimizers."""
+        return self._collect(lambda layer: layer.weights)
+
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        """The metrics among the attributes, and those that layers own."""
+        metrics: list[keras.Metric] = []
+        for _, thing in self._walk():
+            metrics.extend([thing] if isinstance(thing, keras.Metric) else getattr(thing, "metrics", []))
+        return _once(metrics)
+
+    @property
+    def optimizers(self) -> dict[str, keras.Optimizer]:
+        """The optimizers by the path of attributes to them."""
+        return {path: thing for path, thing in self._walk() if isinstance(thing, keras.Optimizer)}
+
+    def get_weights(self) -> list[np.ndarray]:
+        """The values of `weights`."""
+        return [np.array(weight) for weight in self.weights]
+
+    def set_weights(self, weights: Sequence[np.ndarray]) -> None:
+        """Assigns what `get_weights` returned."""
+        if [np.shape(value) for value in weights] != [tuple(weight.shape) for weight in self.weights]:
+            raise ValueError(
+                f"`weights` must be the {len(self.weights)} arrays that `get_weights` of the same models returns; "
+                f"{len(weights)} came, or other shapes."
+            )
+        for variable, value in zip(self.weights, weights, strict=True):
+            variable.assign(value)
+
+    def save_weights(self, filepath: str | Path, overwrite: bool = True) -> None:
+        """Writes `weights` to a file whose name ends in `.weights.h5`.
+
+        If they are all those of one Keras model, the file is the one that the model itself would write and load.
+        """
+        self._saveable("save").save_weights(filepath, overwrite=overwrite)
+
+    def load_weights(self, filepath: str | Path) -> None:
+        """Assigns the weights that `save_weights` wrote, of the same models, which must be built."""
+        self._saveable("load").load_weights(filepath)
+
+    def _walk(self) -> Iterator[tuple[str, Any]]:
+        return walk(vars(self))
+
+    def _state(self) -> list[Any]:
+        """All variables but those of optimizers: weights, seeds, and metrics."""
+        variables = self._collect(lambda layer: layer.variables)
+        variables += [thing.state for _, thing in self._walk() if isinstance(thing, keras.random.SeedGenerator)]
+        return _once(variables + [variable for metric in self.metrics for variable in metric.variables])
+
+    def _collect(self, of_layer: Callable, wanted: Callable = lambda variable: True) -> list[Any]:
+        variables = []
+        for _, thing in self._walk():
+            if isinstance(thing, keras.Layer):
+                variables.extend(of_layer(thing))
+            elif _is_variable(thing) and wanted(thing):
+                variables.append(thing)
+        return _once(variables)
+
+    def _saveable(self, action: str) -> keras.Model:
+        """The one Keras model that has all weights, or a model that holds all that have some."""
+        holders = [(path, thing) for path, thing in self._walk() if getattr(thing, "weights", None) or _is_variable(thing)]
+        if not holders:
+            raise ValueError(f"There are no weights to {action} yet: call `build` with the data first.")
+        return holders[0][1] if len(holders) == 1 and isinstance(holders[0][1], keras.Model) else _Holder(holders)
+
+
+class _Holder(keras.Model):
+    """Layers and variables under the paths that lead to them, so that Keras saves them as one model."""
+
+    def __init__(self, holders: Iterable[tuple[str, Any]]):
+        super().__init__(name="trainer")
+        self._free: dict[str, Any] = {}
+        for path, thing in holders:
+            if isinstance(thing, keras.Layer):
+                setattr(self, path.replace("/", "."), thing)
+            else:
+                self._free[path.replace("/", ".")] = thing
+        self.built = True
+
+    def save_own_variables(self, store):
+        for path, variable in self._free.items():
+            store[path] = np.array(variable)
+
+    def load_own_variables(self, store):
+        for path, variable in self._free.items():
+            variable.assign(store[path])
+
+
+def _is_variable(thing: Any) -> bool:
+    return isinstance(thing, (keras.Variable, tf.Variable))
+
+
+def _once(things: Iterable[Any]) -> list[Any]:
+    return list({id(thing): thing for thing in things}.values())

@@ -1,0 +1,1 @@
+"""Recipes: one model, its data and its command line in each file."""
