@@ -127,7 +127,8 @@ def _to_arrays(part: str, value: Any) -> Any:
 def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
     n = len(tf.nest.flatten(arrays)[0])
     per_pass = math.ceil(n / batch_size)
-    tensors = tf.nest.map_structure(tf.convert_to_tensor, arrays)
+    leaves = tf.nest.flatten(arrays)
+    tensors = {id(leaf): tf.convert_to_tensor(leaf) for leaf in leaves}  # an auto-encoder's x is its y: held once
 
     def one_pass(number: tf.Tensor) -> tf.data.Dataset:
         """The rows of each batch of one pass over the data."""
@@ -136,10 +137,14 @@ def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: i
             rows = tf.random.experimental.stateless_shuffle(rows, tf.stack([tf.constant(seed, tf.int64), number]))
         return tf.data.Dataset.range(0, n, batch_size).map(lambda first: rows[first : first + batch_size])
 
+    def gather(rows: tf.Tensor) -> Any:
+        gathered = {key: tf.gather(tensor, rows) for key, tensor in tensors.items()}
+        return tf.nest.pack_sequence_as(arrays, [gathered[id(leaf)] for leaf in leaves])
+
     def start(epoch: int) -> tf.data.Dataset:
         passed, batch = divmod(epoch * (steps or per_pass), per_pass)
         rows = tf.data.Dataset.range(passed, tf.int64.max).flat_map(one_pass).skip(batch)
-        dataset = rows.map(lambda r: tf.nest.map_structure(lambda a: tf.gather(a, r), tensors))
+        dataset = rows.map(gather)
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
         return dataset.prefetch(_BUFFER).with_options(options)

@@ -34,12 +34,14 @@ class CallLogs(NamedTuple):
 class Loop:
     """`step(batch, number)` as a graph call that does up to K steps and returns the logs of each.
 
-    The step is traced once for each signature of the data and called from a `while` loop in the graph. There K is a
-    tensor: one trace serves every K, and every K gives the same bits.
+    The step is traced once, when the loop is made, and called from a `while` loop in the graph. There K is a tensor:
+    one trace serves every K, and every K gives the same bits. Making a loop makes all variables that the step makes,
+    and runs nothing.
 
     Args:
         step: What one replica does with its part of a batch: `step(batch, number) -> StepLogs`, where `number` counts
             the steps from 1 (int64 scalar).
+        element_spec: The signature of a batch, as `tf.data` tells it.
         image_every: For each image's name, n: it is kept at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
         strategy: Where the step runs. The replicas' scalars are averaged, weighed by the examples that each had.
         jit_compile: Whether XLA compiles the step.
@@ -49,28 +51,33 @@ class Loop:
     def __init__(
         self,
         step: Callable[[Any, tf.Tensor], StepLogs],
+        element_spec: Any,
         image_every: dict[str, int],
         strategy: tf.distribute.Strategy,
         jit_compile: bool = False,
         run_eagerly: bool = False,
     ):
+        self.element_spec = element_spec
         self._step = step
         self._image_every = image_every
         self._strategy = strategy
-        self._jit_compile = jit_compile
-        self._run_eagerly = run_eagerly
-        self._calls: list[tuple[Any, Callable]] = []  # (signature of the data, graph call)
         self._scalar_names: list[str] = []
         self._image_names: list[str] = []
-
-    def prepare(self, element_spec: Any) -> None:
-        """Traces the step for data of this signature, if that was not done: makes all variables, and runs nothing."""
-        self._call_for(element_spec)
+        self._traced: Callable | None = None
+        self._eager = run_eagerly
+        if not run_eagerly:
+            whole_step = tf.function(self._whole_step, jit_compile=jit_compile or None)
+            self._one_step = whole_step.get_concrete_function(element_spec, tf.TensorSpec((), tf.int64))
 
     def __call__(self, iterator: Iterator, steps: int, first: int) -> CallLogs:
         """Does up to `steps` steps on what `iterator` gives, the first of them being number `first`."""
-        call = self._call_for(iterator.element_spec)  # type: ignore[attr-defined]
-        rows, pictures = call(iterator, tf.constant(steps, tf.int32), tf.constant(first, tf.int64))
+        arguments = iterator, tf.constant(steps, tf.int32), tf.constant(first, tf.int64)
+        if self._eager:
+            rows, pictures = self._call(*arguments)
+        else:
+            if self._traced is None:
+                self._traced = tf.function(self._call).get_concrete_function(*arguments)
+            rows, pictures = self._traced(*arguments)
         table = rows.numpy()
         images = [
             (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
@@ -81,25 +88,13 @@ class Loop:
         scalars = {name: table[:, 1 + column] for column, name in enumerate(self._scalar_names)}
         return CallLogs(len(table), table[:, 0], scalars, images)
 
-    def _call_for(self, element_spec: Any) -> Callable:
-        for spec, call in self._calls:
-            if spec == element_spec:
-                return call
-        if self._run_eagerly:
-            call = self._repeat(self._whole_step, None)
-        else:
-            step = tf.function(self._whole_step, jit_compile=self._jit_compile or None)
-            traced = step.get_concrete_function(element_spec, tf.TensorSpec((), tf.int64))
-            call = tf.function(self._repeat(traced, traced.structured_outputs))
-        self._calls.append((element_spec, call))
-        return call
-
     def _whole_step(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, StepLogs]:
         """One step on all replicas: the count of examples, and float64 means weighed by it."""
 
         def replica_step(batch, number):
             weight = tf.cast(_examples(batch), tf.float64)
             logs = self._step(batch, number)
+            self._scalar_names, self._image_names = list(logs.scalars), list(logs.images)
             # In float64 the product with a count, and the quotient, are exact: one replica's float32 comes back as
             # it was. Sums, because in a ragged last batch a replica may have no rows, and then no mean.
             sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
@@ -110,35 +105,33 @@ class Loop:
         total = self._strategy.reduce("SUM", weight, axis=None)
         means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
         images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
-        self._scalar_names, self._image_names = list(means), list(images)
         return total, StepLogs(means, images)
 
-    def _repeat(self, step: Callable, outputs: tuple[tf.Tensor, StepLogs] | None) -> Callable:
-        """The loop around `step`, as a function for `tf.function`, or without it for Python to step through."""
-        eager = outputs is None
-        row_shape = None if eager else (1 + len(outputs[1].scalars),)
-        picture_shape = None if eager else (len(outputs[1].images),)
-
-        def call(iterator, steps, first):
-            rows = tf.TensorArray(tf.float64, 0 if eager else steps, dynamic_size=eager, element_shape=row_shape)
-            pictures = tf.TensorArray(tf.string, 0 if eager else steps, dynamic_size=eager, element_shape=picture_shape)
-            done = tf.constant(0)
-            batch = iterator.get_next_as_optional()
-            while done < steps and batch.has_value():
-                weight, logs = step(batch.get_value(), first + tf.cast(done, tf.int64))
-                rows = rows.write(done, tf.stack([weight, *logs.scalars.values()]))
-                pictures = pictures.write(done, self._encoded(logs.images, first + tf.cast(done, tf.int64)))
-                done += 1
-                if done < steps:  # else the batch after the last would be lost to the next call
-                    batch = iterator.get_next_as_optional()
-            return rows.stack()[:done], pictures.stack()[:done]
-
-        return call
+    def _call(self, iterator, steps, first):
+        """The loop around the step: a graph call, or stepped through by Python."""
+        size = 0 if self._eager else steps
+        step = self._whole_step if self._eager else self._one_step
+        row_shape = None if self._eager else (1 + len(self._scalar_names),)
+        picture_shape = None if self._eager else (len(self._image_names),)
+        rows = tf.TensorArray(tf.float64, size, dynamic_size=self._eager, element_shape=row_shape)
+        pictures = tf.TensorArray(tf.string, size, dynamic_size=self._eager, element_shape=picture_shape)
+        done = tf.constant(0)
+        batch = iterator.get_next_as_optional()
+        while done < steps and batch.has_value():
+            number = first + tf.cast(done, tf.int64)
+            weight, logs = step(batch.get_value(), number)
+            rows = rows.write(done, tf.stack([weight, *[logs.scalars[name] for name in self._scalar_names]]))
+            pictures = pictures.write(done, self._encoded(logs.images, number))
+            done += 1
+            if done < steps:  # else the next call would miss a batch
+                batch = iterator.get_next_as_optional()
+        return rows.stack()[:done], pictures.stack()[:done]
 
     def _encoded(self, images: dict[str, tf.Tensor], number: tf.Tensor) -> tf.Tensor:
         """A string for each image's name: its PNG files where it is due at this step, else ''."""
         cells = []
-        for name, image in images.items():
+        for name in self._image_names:
+            image = images[name]
             due = tf.equal((number - 1) % self._image_every[name], 0)
             cells.append(tf.cond(due, lambda image=image: tf.io.serialize_tensor(tf.io.encode_png(image)), lambda: ""))
         return tf.stack(cells) if cells else tf.zeros((0,), tf.string)

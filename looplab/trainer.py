@@ -99,7 +99,7 @@ class Trainer(Tracked):
         self._batch_metrics = BatchMetrics()
         self._now = _Now()
         self._image_every: dict[str, int] = {}
-        self._loops: dict[str, tuple[Loop, list[int]]] = {}
+        self._loops: list[tuple[str, Loop, list[int]]] = []
         self._writers: dict[str, Writer] = {}
 
     # The steps, for subclasses to override.
@@ -278,7 +278,7 @@ class Trainer(Tracked):
         if self.log_dir is not None and not self._writers:
             checks.no_other_run(self.log_dir)
 
-        loop = self._prepared("train", train)
+        loop = self._prepared("train", train.element_spec, self.run_eagerly)
         if verbose:
             given.append(EpochLine() if verbose == 2 else ProgressBar())
         callback_list = keras.callbacks.CallbackList(
@@ -371,7 +371,7 @@ class Trainer(Tracked):
 
         `fit` does it by itself; `load_weights` needs it before.
         """
-        self._prepared("train", self._batches("x", x, y, sample_weight))
+        self._prepared("train", self._batches("x", x, y, sample_weight).element_spec, eagerly=False)
 
     # Within.
 
@@ -389,15 +389,18 @@ class Trainer(Tracked):
             strategy=self.strategy,
         )
 
-    def _prepared(self, kind: str, batches: data.Batches) -> Loop:
-        """The loop of a kind of step, "train" or "test", traced for this data: all is built then."""
-        loop, traced_with = self._loops.get(kind, (None, None))
-        if loop is None or traced_with != self._trained():
-            step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
-            loop = Loop(step, self._image_every, self.strategy, self.jit_compile, self.run_eagerly)
-        with self._recording():
-            loop.prepare(batches.element_spec)
-        self._loops[kind] = loop, self._trained()
+    def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
+        """The loop of a kind of step, "train" or "test", for data of this signature; all variables are made then."""
+        for known_kind, loop, traced_with in self._loops:
+            if known_kind == kind and loop.element_spec == element_spec and traced_with == self._trained():
+                return loop
+        step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
+        metrics = None
+        while metrics != self.metrics:  # those that a trace makes are seen by the next alone
+            metrics = self.metrics
+            with self._recording():
+                loop = Loop(step, element_spec, self._image_every, self.strategy, self.jit_compile, eagerly)
+        self._loops.append((kind, loop, self._trained()))
         return loop
 
     def _trained(self) -> list[int]:
@@ -441,7 +444,7 @@ class Trainer(Tracked):
 
     def _target_losses(self, total: tf.Tensor) -> dict[str, tf.Tensor]:
         """The parts of the loss of the targets, by name: several outputs have one each, times its weight."""
-        by_output = [metric for metric in self._compiled.metrics[1:] if metric.name.endswith("_loss")]
+        by_output = self._output_losses()
         if not by_output:
             loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "name", None)
             return {loss or getattr(self.loss, "__name__", None) or "targets": total}
@@ -449,6 +452,10 @@ class Trainer(Tracked):
         if isinstance(weights, dict):
             weights = [weights.get(metric.name.removesuffix("_loss"), 1.0) for metric in by_output]
         return {m.name: m.result() * w for m, w in zip(by_output, weights or [1.0] * len(by_output), strict=True)}
+
+    def _output_losses(self) -> list[keras.Metric]:
+        """Keras's means of the loss of each output, where there are several."""
+        return [m for m in self._compiled.metrics if isinstance(m, keras.metrics.Mean) and m.name.endswith("_loss")]
 
     def _watched(self, tape: tf.GradientTape) -> list[Any]:
         """`trainable_variables`, and what else the tape saw that no attribute led to: it is kept from then on."""
@@ -485,8 +492,9 @@ class Trainer(Tracked):
         if steps is not None and done < steps and not self.stop_training:
             warnings.warn(f"The data ended after {done} of {steps} batches.", stacklevel=3)
         tracked = {}
+        unweighed = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
         for metric in self.metrics:
-            if id(metric) in self._batch_metrics.counted:
+            if id(metric) in self._batch_metrics.counted and metric not in unweighed:
                 tracked |= named_result(metric, metric.result())
         means = {name: value for name, value in means.result().items() if not name.startswith(LEARNING_RATE)}
         return {name: float(tracked.get(name, value)) for name, value in means.items()}
@@ -507,7 +515,7 @@ class Trainer(Tracked):
                 getattr(hook, f"on_{kind}_batch_end")(first + index, values)
 
     def _evaluate(self, batches: data.Batches, callbacks: Any, folder: str | None = None) -> dict[str, float]:
-        loop = self._prepared("test", batches)
+        loop = self._prepared("test", batches.element_spec, self.run_eagerly)
         with self._undisturbed():
             self._reset_metrics()
             callbacks.on_test_begin()
