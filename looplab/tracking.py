@@ -91,7 +91,7 @@ class Tracked:
 
     def get_weights(self) -> list[np.ndarray]:
         """The values of `weights`."""
-        return [np.array(weight) for weight in self.weights]
+        return [to_numpy(weight) for weight in self.weights]
 
     def set_weights(self, weights: Sequence[np.ndarray]) -> None:
         """Assigns what `get_weights` returned."""
@@ -155,11 +155,16 @@ class _Holder(keras.Model):
 
     def save_own_variables(self, store):
         for path, variable in self._free.items():
-            store[path] = np.array(variable)
+            store[path] = to_numpy(variable)
 
     def load_own_variables(self, store):
         for path, variable in self._free.items():
             variable.assign(store[path])
+
+
+def to_numpy(variable: Any) -> np.ndarray:
+    """A copy of the value of a Keras or TensorFlow variable."""
+    return np.array(tf.convert_to_tensor(variable))
 
 
 def _is_variable(thing: Any) -> bool:

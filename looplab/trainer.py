@@ -23,7 +23,7 @@ from looplab.loop import CallLogs, Loop, Pace, StepLogs
 from looplab.losses import Ledger
 from looplab.metrics import BatchMetrics, Means, named_result
 from looplab.summaries import Writer
-from looplab.tracking import Tracked
+from looplab.tracking import Tracked, to_numpy
 
 
 LEARNING_RATE = "learning_rate"
@@ -527,7 +527,7 @@ class Trainer(Tracked):
     def _undisturbed(self) -> Iterator[None]:
         """Afterwards each variable that is not trained (metrics, seeds, moving means) is as it was before."""
         trained = {id(variable) for variable in self.trainable_variables}
-        kept = [(variable, np.array(variable)) for variable in self._state() if id(variable) not in trained]
+        kept = [(variable, to_numpy(variable)) for variable in self._state() if id(variable) not in trained]
         try:
             yield
         finally:
