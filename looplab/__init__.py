@@ -22,11 +22,11 @@ import pkgutil
 # folder hides an installed one: so look for `looplab.recipes` in that one too.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from looplab import _quiet  # noqa: E402, F401, I001  (must come before TensorFlow is imported)
-from looplab import callbacks  # noqa: E402
-from looplab.datasets import Data  # noqa: E402
-from looplab.recipe import Recipe, main, run  # noqa: E402
-from looplab.trainer import Trainer  # noqa: E402
+from looplab import _quiet  # noqa: F401, I001  (must come before TensorFlow is imported)
+from looplab import callbacks
+from looplab.datasets import Data
+from looplab.recipe import Recipe, main, run
+from looplab.trainer import Trainer
 
 __all__ = ["Data", "Recipe", "Trainer", "callbacks", "main", "run"]
 __version__ = "0.1.0"

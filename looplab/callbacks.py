@@ -16,42 +16,56 @@ from tqdm.auto import tqdm
 class ProgressBar(keras.callbacks.Callback):
     """A line for each epoch: its loss and metrics, steps per second, time left.
 
-    While the epoch goes on the line tells the mean of its steps so far, at its end the epoch's own values. It shows
-    nothing where standard error is no terminal.
+    While the epoch goes on the line tells the mean of its steps so far, at its end the epoch's own values. A second
+    line, for an evaluation, goes away when that is over. Where standard error is no terminal nothing is shown.
     """
 
     async_safe = True  # it only looks
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self._sums: dict[str, float] = {}
-        self._bar = tqdm(
-            desc=f"epoch {epoch + 1}/{self.params['epochs']}",
-            total=self.params["steps"],
-            unit="step",
-            disable=None,
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars: list[tuple[tqdm, dict[str, float]]] = []
 
-    def on_train_batch_end(self, batch, logs=None):
-        if self._bar.disable:
-            return
-        for name, value in logs.items():
-            if "/" not in name:
-                self._sums[name] = self._sums.get(name, 0.0) + value
-        if self._bar.n % 16 == 0:
-            self._bar.set_postfix({name: _short(total / (batch + 1)) for name, total in self._sums.items()}, refresh=False)
-        self._bar.update()
+    def on_epoch_begin(self, epoch, logs=None):  # noqa: D102
+        self._open(f"epoch {epoch + 1}/{self.params['epochs']}", self.params["steps"], leave=True)
 
-    def on_epoch_end(self, epoch, logs=None):
-        self._bar.set_postfix(_shown(logs or {}), refresh=False)
-        self._bar.close()
+    def on_train_batch_end(self, batch, logs=None):  # noqa: D102
+        self._advance(logs)
+
+    def on_epoch_end(self, epoch, logs=None):  # noqa: D102
+        self._close(logs)
+
+    def on_test_begin(self, logs=None):  # noqa: D102
+        self._open("evaluation", None, leave=False)
+
+    def on_test_batch_end(self, batch, logs=None):  # noqa: D102
+        self._advance(logs)
+
+    def on_test_end(self, logs=None):  # noqa: D102
+        self._close(logs)
+
+    def _open(self, text: str, steps: int | None, leave: bool) -> None:
+        bar = tqdm(desc=text, total=steps, unit="step", disable=None, leave=leave, file=sys.stderr, dynamic_ncols=True)
+        self._bars.append((bar, {}))
+
+    def _advance(self, logs: dict[str, float]) -> None:
+        bar, sums = self._bars[-1]
+        if not bar.disable:
+            for name in filter(_is_shown, logs):
+                sums[name] = sums.get(name, 0.0) + logs[name]
+            if bar.update():  # it was drawn
+                bar.set_postfix(_shown({name: total / bar.n for name, total in sums.items()}), refresh=False)
+
+    def _close(self, logs: dict[str, float] | None) -> None:
+        bar, _ = self._bars.pop()
+        bar.set_postfix(_shown(logs or {}), refresh=False)
+        bar.close()
 
 
 class EpochLine(keras.callbacks.Callback):
     """Prints a line for each epoch, for logs that are no terminal (`verbose=2`)."""
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch, logs=None):  # noqa: D102
         values = " - ".join(f"{name}: {value}" for name, value in _shown(logs or {}).items())
         print(f"epoch {epoch + 1}/{self.params['epochs']} - {values}", flush=True)
 
@@ -67,7 +81,7 @@ class Pictures(keras.callbacks.Callback):
         super().__init__()
         self._draw = draw
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch, logs=None):  # noqa: D102
         log_dir = self.model.log_dir
         if log_dir is None:
             return
@@ -99,9 +113,9 @@ def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:
     return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, name)
 
 
+def _is_shown(name: str) -> bool:
+    return "/" not in name  # the parts of a loss are for TensorBoard
+
+
 def _shown(logs: dict[str, float]) -> dict[str, str]:
-    return {name: _short(value) for name, value in logs.items() if "/" not in name}
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+    return {name: f"{value:.4g}" for name, value in logs.items() if _is_shown(name)}

@@ -32,7 +32,7 @@ def no_other_run(log_dir: Path) -> None:
     if log_dir.exists() and not log_dir.is_dir():
         raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file.")
     if any(log_dir.glob("*/events.out.tfevents.*")):
-        raise ValueError(f"`log_dir` {log_dir} holds the run of another trainer. Pass a new folder, or remove that one.")
+        raise ValueError(f"`log_dir` {log_dir} holds the run of another trainer. Pass a new folder, or remove it.")
 
 
 def callbacks(given: Iterable[Any]) -> None:
@@ -46,7 +46,7 @@ def callbacks(given: Iterable[Any]) -> None:
             raise TypeError(f"`callbacks` must be `keras.callbacks.Callback`s; {type(callback).__name__} came.")
         for refused, remedy in instead.items():
             if isinstance(callback, refused):
-                raise ValueError(f"`callbacks` holds a `{refused.__name__}`, which works inside `Model.fit` alone: {remedy}.")
+                raise ValueError(f"`callbacks` holds a `{refused.__name__}`, made for `Model.fit`: {remedy}.")
 
 
 def step_logs(step: str, logs: Any) -> dict[str, tf.Tensor]:

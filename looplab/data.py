@@ -116,7 +116,7 @@ def _to_arrays(part: str, value: Any) -> Any:
         )
     array = value if isinstance(value, (tf.Tensor, tf.RaggedTensor)) else np.asarray(value)
     if array.dtype == object:
-        raise TypeError(f"`{part}` must hold numbers; an array of objects came. Make all its rows the same shape and type.")
+        raise TypeError(f"`{part}` must hold numbers; an array of objects came. Give all its rows one shape and type.")
     if len(array.shape) == 0:
         raise ValueError(f"`{part}` must have its examples along its first dimension; a single number came.")
     if tf.as_dtype(array.dtype).is_floating and array.dtype != keras.config.floatx():

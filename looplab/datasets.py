@@ -73,13 +73,14 @@ class Data:
             try:
                 arrays, source, fallback = _from_keras(self.dataset), "keras", None
             except OSError as error:
-                fallback = f"{self.dataset} cannot be fetched ({error}): learning from 1,797 embedded 8x8 digits instead"
+                fallback = f"{self.dataset} cannot be fetched ({error}): learning from 1,797 embedded digits instead"
                 arrays, source = _digits(image_size), "embedded"
         name = "digits" if source == "embedded" else self.dataset
         if fallback:
             print(f"looplab: {fallback}. To use a file: --data-dir FOLDER_OF_{self.dataset.upper()}_NPZ", flush=True)
         sha256 = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-        return Arrays(*(array[: self.limit] for array in arrays), name, source, sha256, fallback)
+        x_train, y_train, x_test, y_test = (array[: self.limit] for array in arrays)
+        return Arrays(x_train, y_train, x_test, y_test, name, source, sha256, fallback)
 
 
 def _read(path: Path) -> tuple[np.ndarray, ...]:
@@ -91,10 +92,18 @@ def _read(path: Path) -> tuple[np.ndarray, ...]:
         with np.load(path, allow_pickle=False) as file:
             arrays = tuple(file[key] for key in keys)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"`data_dir`: {path} is damaged, or no file of {', '.join(keys)}: {error}. Fetch it again.") from error
+        raise DataError(
+            f"`data_dir`: {path} is damaged, or no file of {', '.join(keys)}: {error}. Fetch it again."
+        ) from error
     x_train, y_train, x_test, y_test = arrays
     for x, y in ((x_train, y_train), (x_test, y_test)):
-        if x.dtype != np.uint8 or x.ndim < 3 or x.shape[1:] != x_train.shape[1:] or y.shape[:1] != x.shape[:1] or not len(x):
+        if (
+            x.dtype != np.uint8
+            or x.ndim < 3
+            or x.shape[1:] != x_train.shape[1:]
+            or y.shape[:1] != x.shape[:1]
+            or not len(x)
+        ):
             raise DataError(
                 f"`data_dir`: {path} must hold uint8 images (n, height, width) and one label for each; "
                 f"images of {x.dtype} {x.shape} with labels {y.shape} came."

@@ -64,7 +64,7 @@ class Loop:
         self._scalar_names: list[str] = []
         self._image_names: list[str] = []
         self._traced: Callable | None = None
-        self._eager = run_eagerly
+        self.eager = run_eagerly
         if not run_eagerly:
             whole_step = tf.function(self._whole_step, jit_compile=jit_compile or None)
             self._one_step = whole_step.get_concrete_function(element_spec, tf.TensorSpec((), tf.int64))
@@ -72,7 +72,7 @@ class Loop:
     def __call__(self, iterator: Iterator, steps: int, first: int) -> CallLogs:
         """Does up to `steps` steps on what `iterator` gives, the first of them being number `first`."""
         arguments = iterator, tf.constant(steps, tf.int32), tf.constant(first, tf.int64)
-        if self._eager:
+        if self.eager:
             rows, pictures = self._call(*arguments)
         else:
             if self._traced is None:
@@ -109,12 +109,12 @@ class Loop:
 
     def _call(self, iterator, steps, first):
         """The loop around the step: a graph call, or stepped through by Python."""
-        size = 0 if self._eager else steps
-        step = self._whole_step if self._eager else self._one_step
-        row_shape = None if self._eager else (1 + len(self._scalar_names),)
-        picture_shape = None if self._eager else (len(self._image_names),)
-        rows = tf.TensorArray(tf.float64, size, dynamic_size=self._eager, element_shape=row_shape)
-        pictures = tf.TensorArray(tf.string, size, dynamic_size=self._eager, element_shape=picture_shape)
+        size = 0 if self.eager else steps
+        step = self._whole_step if self.eager else self._one_step
+        row_shape = None if self.eager else (1 + len(self._scalar_names),)
+        picture_shape = None if self.eager else (len(self._image_names),)
+        rows = tf.TensorArray(tf.float64, size, dynamic_size=self.eager, element_shape=row_shape)
+        pictures = tf.TensorArray(tf.string, size, dynamic_size=self.eager, element_shape=picture_shape)
         done = tf.constant(0)
         batch = iterator.get_next_as_optional()
         while done < steps and batch.has_value():

@@ -53,7 +53,7 @@ class Ledger(threading.local):
         self._parts = None
 
     def add(self, name: str, value: Any) -> None:
-        """Enters a part; the second of one name becomes `<name>_2`. It counts as Keras counts it: its sum, as a float."""
+        """Enters a part, as its sum, which is how Keras counts it; the second of one name becomes `<name>_2`."""
         if self._parts is not None:
             names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
             free = next(name for name in names if name not in self._parts)

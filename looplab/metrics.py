@@ -48,7 +48,7 @@ class BatchMetrics:
         del self._step.states
 
     def unasked(self) -> dict[str, tf.Tensor]:
-        """This batch's values of the metrics whose result the step did not ask for: layers own such ones."""
+        """The batch's values of the metrics whose result the step did not ask for: layers own such ones."""
         values: dict[str, tf.Tensor] = {}
         for metric, result in self._step.results.items():
             if metric not in self._step.asked:

@@ -88,13 +88,20 @@ def run(
     if weights is not None:
         trainer.build(*(ready.train if isinstance(ready.train, tuple) else (ready.train,)))
         trainer.load_weights(weights)
-    config = {"recipe": f"{_module_name(recipe)}:{recipe.__name__}", "seed": seed, "weights": weights, **_defaults(recipe)}
+    config = {
+        "recipe": f"{_module_name(recipe)}:{recipe.__name__}",
+        "seed": seed,
+        "weights": weights,
+        **_defaults(recipe),
+    }
     config |= {**options, "log_dir": folder, "data_source": _described(ready.data), "environment": _environment(recipe)}
     _write_json(folder / "config.json", config)
     history = ready.fit(verbose)
     seconds = time.time() - began
     _write_json(folder / "history.json", history.history)
-    _write_json(folder / "timings.json", {"began": datetime.fromtimestamp(began), "seconds": seconds, "steps": trainer.steps})
+    _write_json(
+        folder / "timings.json", {"began": datetime.fromtimestamp(began), "seconds": seconds, "steps": trainer.steps}
+    )
     trainer.save_weights(folder / "model.weights.h5")
     print(f"looplab: {trainer.steps} steps in {seconds:.0f} s, all in {folder}. To watch them:")
     print(f"  tensorboard --logdir {folder.parent} --samples_per_plugin scalars=999999999")
@@ -105,7 +112,7 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None) -> No
     """The command line of a recipe: its keyword arguments, with types, defaults and docstring lines, are the flags."""
     parser = _Parser(
         prog=f"python -m {_module_name(recipe)}",
-        description=inspect.getdoc(recipe).partition("\n")[0] if recipe.__doc__ else None,
+        description=(inspect.getdoc(recipe) or "").partition("\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -123,7 +130,7 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None) -> No
 class _Parser(argparse.ArgumentParser):
     """Names the nearest flag where one is unknown."""
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
@@ -135,9 +142,15 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     """What belongs to the run and the trainer, not to one recipe."""
     flags = parser.add_argument_group("of every recipe")
     flags.add_argument("--seed", type=int, default=0, help="of the weights, the steps and the order of the data")
-    flags.add_argument("--log-dir", help="folder for all that the run leaves (default: logs/<recipe>/<time>)", default=argparse.SUPPRESS)
+    flags.add_argument(
+        "--log-dir",
+        help="folder for all that the run leaves (default: logs/<recipe>/<time>)",
+        default=argparse.SUPPRESS,
+    )
     flags.add_argument("--weights", metavar="FILE", help=".weights.h5 file to start from", default=argparse.SUPPRESS)
-    flags.add_argument("--verbose", type=_verbose, default="auto", help="0: nothing; 1 or auto: a bar; 2: a line an epoch")
+    flags.add_argument(
+        "--verbose", type=_verbose, default="auto", help="0: nothing; 1 or auto: a bar; 2: a line an epoch"
+    )
     flags.add_argument(
         "--steps-per-execution", type=_auto_or_positive, default="auto", metavar="N", help="steps in one graph call"
     )
@@ -145,7 +158,9 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_argument("--jit-compile", action="store_true", help="compile the step with XLA")
 
 
-def _add_recipe_flags(parser: argparse.ArgumentParser, recipe: Callable[..., Recipe]) -> dict[str, tuple[type, list[str]]]:
+def _add_recipe_flags(
+    parser: argparse.ArgumentParser, recipe: Callable[..., Recipe]
+) -> dict[str, tuple[type, list[str]]]:
     """Adds the function's keyword arguments; returns those that are a dataclass, whose fields are the flags."""
     groups: dict[str, tuple[type, list[str]]] = {}
     flags = parser.add_argument_group(f"of {recipe.__name__}")
@@ -236,7 +251,9 @@ def _defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
 def _environment(recipe: Callable[..., Recipe]) -> dict[str, Any]:
     """What else decides a run's bits: versions, code, devices, threads."""
     folder = Path(inspect.getfile(recipe)).parent
-    git = subprocess.run(["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
+    )
     versions = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__}
     return {
         "versions": versions | {"numpy": np.__version__},

@@ -20,7 +20,44 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 _count = itertools.count()
 
 
-class Writer:
+class RunWriter:
+    """The event files of one run, in `log_dir/train` and `log_dir/validation`; without `log_dir` it writes nothing."""
+
+    def __init__(self, log_dir: Path | None):
+        self._log_dir = log_dir
+        self._writers: dict[str, _Writer] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has written anything."""
+        return bool(self._writers)
+
+    def steps(self, folder: str, first: int, values: dict[str, np.ndarray], began: float) -> None:
+        """Writes a point of each tag for each step from `first` on; the steps ran from `began` (`time.time()`) on."""
+        if self._log_dir is not None and values:
+            self._writer(folder).steps(first, list(values), np.stack(list(values.values()), 1), began)
+
+    def scalars(self, folder: str, step: int, values: dict[str, float]) -> None:
+        """Writes one point of each tag."""
+        self.steps(folder, step, {tag: np.array([value]) for tag, value in values.items()}, time.time())
+
+    def images(self, folder: str, step: int, files: dict[str, Sequence[bytes]]) -> None:
+        """Writes PNG files as the images of each tag."""
+        if self._log_dir is not None:
+            for tag, pictures in files.items():
+                self._writer(folder).image(step, tag, pictures)
+
+    def close(self) -> None:
+        """Ends the files; a later write begins others, which TensorBoard shows as their continuation."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def _writer(self, folder: str) -> _Writer:
+        assert self._log_dir is not None
+        return self._writers.setdefault(folder, _Writer(self._log_dir / folder))
+
+
+class _Writer:
     """Writes one event file into `folder`, made at the first write.
 
     An event file is a TFRecord file of `Event` messages. Writing them here costs some 6 µs a step for all scalars
@@ -34,43 +71,34 @@ class Writer:
         self._tags: Sequence[str] = ()
 
     def steps(self, first: int, tags: Sequence[str], rows: np.ndarray, began: float) -> None:
-        """Writes `rows`, shape (steps, tags), at the steps from `first`, which ran from `began` (`time.time()`) on."""
         if list(tags) != self._tags:
             self._tags = list(tags)
             self._template = Event(summary=Summary(value=[_scalar(tag) for tag in tags]))
-        event, values = self._template, [value.tensor for value in self._template.summary.value]
+        file, event, values = self._open(), self._template, [value.tensor for value in self._template.summary.value]
         times = np.linspace(began, time.time(), len(rows) + 1)[1:]
         for index, (moment, row) in enumerate(zip(times.tolist(), rows.astype(np.float32), strict=True)):
             event.step, event.wall_time = first + index, moment
             for tensor, value in zip(values, row.tolist(), strict=True):
                 tensor.float_val[0] = value
-            self._write(event)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes one point of each tag."""
-        self.steps(step, list(values), np.array([list(values.values())]), time.time())
+            file.write(event.SerializeToString())
+        file.flush()  # so that TensorBoard shows them at once
 
     def image(self, step: int, tag: str, files: Sequence[bytes]) -> None:
-        """Writes PNG files as the images of one tag."""
         width, height = struct.unpack(">II", files[0][16:24])  # of the first chunk, which is always the header
         content = [str(width).encode(), str(height).encode(), *files]
         tensor = TensorProto(dtype=DT_STRING, string_val=content)
         tensor.tensor_shape.dim.add(size=len(content))
         value = Summary.Value(tag=tag, tensor=tensor, metadata=_metadata("images", DATA_CLASS_BLOB_SEQUENCE))
-        self._write(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])))
-
-    def flush(self) -> None:
-        """Lets TensorBoard see all that was written."""
-        if self._file is not None:
-            self._file.flush()
+        file = self._open()
+        file.write(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])).SerializeToString())
+        file.flush()
 
     def close(self) -> None:
-        """Ends the file; a later write begins another, which TensorBoard shows as its continuation."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _write(self, event: Event) -> None:
+    def _open(self) -> tf.io.TFRecordWriter:
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             # TensorBoard reads the files of a folder in the order of their names.
@@ -78,7 +106,7 @@ class Writer:
             name = f"events.out.tfevents.{int(moment):010d}.{socket.gethostname()}.{os.getpid()}.{next(_count):06d}.v2"
             self._file = tf.io.TFRecordWriter(str(self.folder / name))
             self._file.write(Event(wall_time=moment, file_version="brain.Event:2").SerializeToString())
-        self._file.write(event.SerializeToString())
+        return self._file
 
 
 def _metadata(plugin: str, data_class: int) -> SummaryMetadata:

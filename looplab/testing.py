@@ -19,7 +19,10 @@ def read_scalars(folder: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for step, tag, tensor in _values(folder, "scalars"):
         points[tag].append((step, float(tf.make_ndarray(tensor))))
-    return {tag: tuple(map(np.array, zip(*pairs, strict=True))) for tag, pairs in points.items()}
+    return {
+        tag: (np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], np.float32))
+        for tag, pairs in points.items()
+    }
 
 
 def read_images(folder: str | Path) -> dict[str, list[tuple[int, list[bytes]]]]:

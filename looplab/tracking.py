@@ -64,7 +64,7 @@ def _members(value: Any) -> dict[str, Any]:
 
 
 class Tracked:
-    """An object whose attributes are found by themselves: what a user of Keras expects of one model, over all of them."""
+    """An object that finds what its attributes hold: it has what a Keras model has, over all its models."""
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -134,7 +134,9 @@ class Tracked:
 
     def _saveable(self, action: str) -> keras.Model:
         """The one Keras model that has all weights, or a model that holds all that have some."""
-        holders = [(path, thing) for path, thing in self._walk() if getattr(thing, "weights", None) or _is_variable(thing)]
+        holders = [
+            (path, thing) for path, thing in self._walk() if getattr(thing, "weights", None) or _is_variable(thing)
+        ]
         if not holders:
             raise ValueError(f"There are no weights to {action} yet: call `build` with the data first.")
         return holders[0][1] if len(holders) == 1 and isinstance(holders[0][1], keras.Model) else _Holder(holders)

@@ -1,12 +1,9 @@
-"""`Trainer`: the steps that a researcher overrides, and `fit`, `evaluate`, `predict` around them."""
+"""`Trainer`: `fit`, `evaluate` and `predict` around the steps of `steps.py`."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import random
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,18 +16,14 @@ import tensorflow as tf
 
 from looplab import checks, data
 from looplab.callbacks import EpochLine, ProgressBar, hooked_to_batches
-from looplab.loop import CallLogs, Loop, Pace, StepLogs
-from looplab.losses import Ledger
-from looplab.metrics import BatchMetrics, Means, named_result
-from looplab.summaries import Writer
-from looplab.tracking import Tracked, to_numpy
+from looplab.loop import CallLogs, Loop, Pace
+from looplab.metrics import Means, named_result
+from looplab.steps import LEARNING_RATE, Steps
+from looplab.summaries import RunWriter
+from looplab.tracking import to_numpy
 
 
-LEARNING_RATE = "learning_rate"
-LOSS_PART = "loss/"
-
-
-class Trainer(Tracked):
+class Trainer(Steps):
     """Trains any callable with variables.
 
     Override `train_step` (and `test_step`, `predict_step`, `compute_loss`, `compute_metrics`) as in
@@ -74,159 +67,19 @@ class Trainer(Tracked):
         run_eagerly: bool = False,
     ):
         checks.steps_per_execution(steps_per_execution)
-        self.model = model
-        # A Keras model without layers knows how losses and metrics, given as names, lists and dicts, meet outputs.
-        self._compiled = keras.Model(name="compiled")
-        if hasattr(model, "output_names"):
-            self._compiled.output_names = model.output_names
-        self._compiled.compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
-        self.optimizer = self._compiled.optimizer
-        self.loss = loss
-        self.loss_weights = loss_weights
+        super().__init__(model, optimizer, loss, loss_weights, metrics, seed)
         self.log_dir = None if log_dir is None else Path(log_dir)
-        self.seed = random.randint(1, 10**9) if seed is None else seed
-        self.seed_generator = keras.random.SeedGenerator(self.seed)
         self.steps_per_execution = steps_per_execution
         self.jit_compile = jit_compile
         self.run_eagerly = run_eagerly
-        self.strategy = tf.distribute.get_strategy()
+        self.history: keras.callbacks.History | None = None
         self.stop_training = False
         self.steps = 0
         self.epochs = 0
         self._test_steps = 0
-        self._found: list[tf.Variable] = []  # what a step was seen to train, and no attribute leads to
-        self._ledger = Ledger()
-        self._batch_metrics = BatchMetrics()
-        self._now = _Now()
         self._image_every: dict[str, int] = {}
         self._loops: list[tuple[str, Loop, list[int]]] = []
-        self._writers: dict[str, Writer] = {}
-
-    # The steps, for subclasses to override.
-
-    def train_step(self, batch: Any) -> dict[str, Any]:
-        """Learns from one batch.
-
-        Args:
-            batch: x, (x, y) or (x, y, sample_weight), as tensors.
-
-        Returns:
-            This batch's values: scalars by name. An epoch's value is the result of the metric of that name, where a
-            metric of that name was updated, else the mean over the batches, weighed by their size.
-        """
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            loss = self.compute_loss(x, y, y_pred, sample_weight)
-        self.minimize(tape, loss)
-        return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
-
-    def test_step(self, batch: Any) -> dict[str, Any]:
-        """Measures one batch: as `train_step`, without learning."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        y_pred = self(x, training=False)
-        loss = self.compute_loss(x, y, y_pred, sample_weight)
-        return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
-
-    def predict_step(self, batch: Any) -> Any:
-        """The outputs for one batch: a tensor, or a structure of them, with the examples first."""
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        return self(x, training=False)
-
-    def __call__(self, x: Any, training: bool = False) -> Any:
-        """Calls the model, with `training` if it takes that."""
-        if self.model is None:
-            raise ValueError(f"`{type(self).__name__}` was made without `model`: override the steps that call it.")
-        if isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters:
-            return self.model(x, training=training)
-        return self.model(x)
-
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
-        """The loss of a batch, a scalar: `loss` of the targets, and all that the model calls before added to it.
-
-        Each part is written as `batch_loss/<part>`: the loss function's name, the path of each layer that called
-        `add_loss` (with `_2` for its second call in this step), and `regularization`.
-        """
-        losses = self._ledger.take(self.trainable_variables)
-        if self.loss is not None:
-            checks.targets(y, self.loss)
-            # Keras divides a loss by the number of replicas, `minimize` does here: for losses of every origin.
-            total = self._compiled.compute_loss(x, y, y_pred, sample_weight) * self.strategy.num_replicas_in_sync
-            for name, value in self._target_losses(total).items():
-                self._ledger.add(name, value)
-            self._ledger.take()
-            losses.insert(0, total)
-        if not losses:
-            raise ValueError("There is no loss: pass `loss`, let the model call `add_loss`, or override `compute_loss`.")
-        return functools.reduce(tf.add, losses)
-
-    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """Updates the running state of `metrics`, and returns their values for this batch alone, by name."""
-        values = self._compiled.compute_metrics(x, y, y_pred, sample_weight)
-        del values["loss"]  # Keras's own running mean, which nothing updates here
-        return values
-
-    def minimize(
-        self, tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any] | None = None, optimizer: Any = None
-    ) -> list[tf.Tensor | None]:
-        """Takes the gradients of `loss` and lets the optimizer apply them.
-
-        Args:
-            tape: The tape under which `loss` was computed.
-            loss: A floating scalar: the mean over this replica's examples.
-            variables: What to train. By default `trainable_variables`, and any trainable `tf.Variable` that the
-                tape saw beyond those.
-            optimizer: A Keras optimizer, by default the trainer's.
-
-        Returns:
-            The gradients in the order of `variables`, None where the loss does not depend on one.
-
-        Raises:
-            ValueError: No optimizer, a loss that is not one floating number, or no gradient at all.
-        """
-        loss = checks.loss(loss)
-        optimizer = self.optimizer if optimizer is None else optimizer
-        variables = self._watched(tape) if variables is None else list(variables)
-        if not variables:
-            warnings.warn(f"{type(self).__name__} has nothing to train: no trainable variables.", stacklevel=2)
-            return []
-        if optimizer is None:
-            raise ValueError("There is no optimizer: pass `optimizer` to the trainer or to `minimize`.")
-        # As the gradient of the scaled loss, without the loss itself being scaled for whoever looks at it.
-        scale = optimizer.scale_loss(tf.ones_like(loss) / self.strategy.num_replicas_in_sync)
-        gradients = tape.gradient(loss, variables, output_gradients=scale)
-        checks.gradients(gradients, variables)
-        optimizer.apply(gradients, variables)
-        return gradients
-
-    @property
-    def losses(self) -> list[tf.Tensor]:
-        """Within a step: all that model calls of this step added with `add_loss`, and the weights' regularizers."""
-        return list(self._ledger.parts(self.trainable_variables).values())
-
-    def log(self, name: str, value: Any) -> None:
-        """Adds a scalar to those of the running step, or, outside of a step, to TensorBoard at the current epoch."""
-        if self._now.scalars is not None:
-            self._now.scalars[name] = checks.scalar("`log` got", name, value)
-        elif self.log_dir is not None:
-            self._writer("train").scalars(self.epochs, {name: float(value)})
-
-    def log_image(self, name: str, images: Any, every: int = 1000, max_outputs: int = 3) -> None:
-        """Shows images in TensorBoard: of the running step, or, outside of a step, of the current epoch.
-
-        Args:
-            name: The tag.
-            images: Shape (n, height, width, channels), 1, 3 or 4 channels; uint8, or floating from 0 to 1.
-            every: In a step: it is written at the steps 1, 1 + every, 1 + 2·every, …
-            max_outputs: How many of the n are written at most.
-        """
-        images = checks.images(name, images)[:max_outputs]
-        if self._now.images is not None:
-            self._now.images[name] = images
-            self._image_every[name] = every
-        elif self.log_dir is not None:
-            files = [tf.io.encode_png(image).numpy() for image in images]
-            self._writer("train").image(self.epochs, name, files)
+        self._events = RunWriter(self.log_dir)
 
     # The loops around the steps.
 
@@ -272,10 +125,10 @@ class Trainer(Tracked):
         train = self._batches("x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch)
         validation = None
         if validation_data is not None:
-            parts = keras.utils.unpack_x_y_sample_weight(validation_data)
-            size = validation_batch_size or (batch_size if data.is_arrays(parts[0]) else None)
-            validation = self._batches("validation_data", *parts, size, steps=validation_steps)
-        if self.log_dir is not None and not self._writers:
+            val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+            size = validation_batch_size or (batch_size if data.is_arrays(val_x) else None)
+            validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
+        if self.log_dir is not None and not self._events.begun:
             checks.no_other_run(self.log_dir)
 
         loop = self._prepared("train", train.element_spec, self.run_eagerly)
@@ -297,18 +150,18 @@ class Trainer(Tracked):
                     iterator = iter(train.start(self.epochs))
                 logs = self._run("train", loop, iterator, train.steps, callback_list, "train")
                 self.epochs += 1
-                self._write_epoch("train", logs)
+                self._events.scalars("train", self.epochs, _epoch_tags(logs))
                 if validation is not None and _due(validation_freq, epoch):
                     results = self._evaluate(validation, callback_list, "validation")
-                    self._write_epoch("validation", results)
+                    self._events.scalars("validation", self.epochs, _epoch_tags(results))
                     logs |= {f"val_{name}": value for name, value in results.items()}
                 callback_list.on_epoch_end(epoch, logs)
                 if self.stop_training:
                     break
             callback_list.on_train_end(logs)
         finally:
-            for writer in self._writers.values():
-                writer.close()
+            self._events.close()
+        assert self.history is not None  # the list of callbacks set it
         return self.history
 
     def evaluate(
@@ -329,7 +182,8 @@ class Trainer(Tracked):
         checks.positive(batch_size=batch_size, steps=steps)
         checks.callbacks(callbacks or [])
         batches = self._batches("x", x, y, sample_weight, batch_size, steps=steps)
-        callback_list = keras.callbacks.CallbackList(list(callbacks or []), model=self, steps=batches.steps)
+        bar = [ProgressBar()] if verbose else []
+        callback_list = keras.callbacks.CallbackList([*(callbacks or []), *bar], model=self, steps=batches.steps)
         return self._evaluate(batches, callback_list)
 
     def predict(
@@ -344,13 +198,15 @@ class Trainer(Tracked):
         checks.positive(batch_size=batch_size, steps=steps)
         checks.callbacks(callbacks or [])
         batches = self._batches("x", x, None, None, batch_size, steps=steps)
-        callback_list = keras.callbacks.CallbackList(list(callbacks or []), model=self, steps=batches.steps)
+        bar = [ProgressBar()] if verbose else []
+        callback_list = keras.callbacks.CallbackList([*(callbacks or []), *bar], model=self, steps=batches.steps)
 
-        def step(batch):
+        def one_batch(batch):
             return self.strategy.run(self.predict_step, (batch,))
 
+        step: Any = one_batch
         if not self.run_eagerly:
-            step = tf.function(step, jit_compile=self.jit_compile or None)
+            step = tf.function(one_batch, jit_compile=self.jit_compile or None)
             step.get_concrete_function(batches.element_spec)  # makes variables, before their values are kept
         outputs: list[Any] = []
         iterator = iter(batches.start(0))
@@ -373,9 +229,35 @@ class Trainer(Tracked):
         """
         self._prepared("train", self._batches("x", x, y, sample_weight).element_spec, eagerly=False)
 
+    def log(self, name: str, value: Any) -> None:
+        """Adds a scalar to those of the running step, or, outside of a step, to TensorBoard at the current epoch."""
+        if self._now.scalars is not None:
+            self._now.scalars[name] = checks.scalar("`log` got", name, value)
+        else:
+            self._events.scalars("train", self.epochs, {name: float(value)})
+
+    def log_image(self, name: str, images: Any, every: int = 1000, max_outputs: int = 3) -> None:
+        """Shows images in TensorBoard: of the running step, or, outside of a step, of the current epoch.
+
+        Args:
+            name: The tag.
+            images: Shape (n, height, width, channels), 1, 3 or 4 channels; uint8, or floating from 0 to 1.
+            every: In a step: it is written at the steps 1, 1 + every, 1 + 2·every, …
+            max_outputs: How many of the n are written at most.
+        """
+        images = checks.images(name, images)[:max_outputs]
+        if self._now.images is not None:
+            self._now.images[name] = images
+            self._image_every[name] = every
+        else:
+            files = [tf.io.encode_png(image).numpy() for image in images]
+            self._events.images("train", self.epochs, {name: files})
+
     # Within.
 
-    def _batches(self, name, x, y=None, sample_weight=None, batch_size=None, shuffle=False, class_weight=None, steps=None):
+    def _batches(
+        self, name, x, y=None, sample_weight=None, batch_size=None, shuffle=False, class_weight=None, steps=None
+    ):
         return data.from_arguments(
             name,
             x,
@@ -391,8 +273,12 @@ class Trainer(Tracked):
 
     def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
         """The loop of a kind of step, "train" or "test", for data of this signature; all variables are made then."""
-        for known_kind, loop, traced_with in self._loops:
-            if known_kind == kind and loop.element_spec == element_spec and traced_with == self._trained():
+        for known, loop, traced_with in self._loops:
+            if (known, loop.element_spec, loop.eager) == (
+                kind,
+                element_spec,
+                eagerly,
+            ) and traced_with == self._trained():
                 return loop
         step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
         metrics = None
@@ -406,62 +292,6 @@ class Trainer(Tracked):
     def _trained(self) -> list[int]:
         """What a trace holds fast, and a user may change between two calls of `fit`."""
         return [id(thing) for thing in [*self.trainable_variables, *self.optimizers.values()]]
-
-    @contextlib.contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Within it, steps can run or be traced: added losses and metrics' updates are seen."""
-        with self._ledger.listening(), self._batch_metrics.watching(self.metrics):
-            yield
-
-    def _run_step(self, kind: str, step: Callable[[Any], Any], batch: Any, number: tf.Tensor) -> StepLogs:
-        """Runs a step of the user's on one replica, and gathers all that it tells."""
-        now = self._now
-        now.scalars, now.images = {}, {}
-        self._ledger.begin()
-        self._batch_metrics.begin()
-        try:
-            rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
-            logs = checks.step_logs(f"{kind}_step", step(batch))
-            parts = {f"{LOSS_PART}{name}": part for name, part in self._ledger.parts(self.trainable_variables).items()}
-            told: dict[str, tf.Tensor] = {}
-            for source in (logs, now.scalars, self._batch_metrics.unasked(), parts):
-                for name, value in source.items():
-                    if name in told:
-                        raise ValueError(f"`{kind}_step` told two values named '{name}'. Give one another name.")
-                    told[name] = value
-            return StepLogs({**rates, **told} if kind == "train" else told, now.images)
-        finally:
-            now.scalars = now.images = None
-            self._ledger.end()
-            self._batch_metrics.end()
-
-    def _learning_rates(self) -> dict[str, tf.Tensor]:
-        """The trainer's `optimizer` under `learning_rate`, any other under `learning_rate/<path>`."""
-        return {
-            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): tf.convert_to_tensor(optimizer.learning_rate)
-            for path, optimizer in self.optimizers.items()
-        }
-
-    def _target_losses(self, total: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The parts of the loss of the targets, by name: several outputs have one each, times its weight."""
-        by_output = self._output_losses()
-        if not by_output:
-            loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "name", None)
-            return {loss or getattr(self.loss, "__name__", None) or "targets": total}
-        weights = self.loss_weights
-        if isinstance(weights, dict):
-            weights = [weights.get(metric.name.removesuffix("_loss"), 1.0) for metric in by_output]
-        return {m.name: m.result() * w for m, w in zip(by_output, weights or [1.0] * len(by_output), strict=True)}
-
-    def _output_losses(self) -> list[keras.Metric]:
-        """Keras's means of the loss of each output, where there are several."""
-        return [m for m in self._compiled.metrics if isinstance(m, keras.metrics.Mean) and m.name.endswith("_loss")]
-
-    def _watched(self, tape: tf.GradientTape) -> list[Any]:
-        """`trainable_variables`, and what else the tape saw that no attribute led to: it is kept from then on."""
-        known = {id(v.value if isinstance(v, keras.Variable) else v) for v in self.weights}
-        self._found += [v for v in tape.watched_variables() if id(v) not in known]
-        return self.trainable_variables
 
     def _run(self, kind, loop, iterator, steps, callbacks, folder: str | None) -> dict[str, float]:
         """Runs an epoch of training, or one evaluation, and returns its logs."""
@@ -479,10 +309,8 @@ class Trainer(Tracked):
             pace.took(logs.done, time.time() - began)
             means.add(logs.weights, logs.scalars)
             if folder is not None:
-                self._write_steps(kind, folder, logs, began)
+                self._write(kind, folder, logs, began)
             done += logs.done
-            if kind == "train":
-                self.steps += logs.done
             if hooks:
                 self._replay(kind, hooks, logs, done - logs.done, begin=asked > 1)
             if logs.done < asked:
@@ -491,13 +319,24 @@ class Trainer(Tracked):
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
         if steps is not None and done < steps and not self.stop_training:
             warnings.warn(f"The data ended after {done} of {steps} batches.", stacklevel=3)
-        tracked = {}
+        tracked: dict[str, Any] = {}
         unweighed = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
         for metric in self.metrics:
             if id(metric) in self._batch_metrics.counted and metric not in unweighed:
                 tracked |= named_result(metric, metric.result())
-        means = {name: value for name, value in means.result().items() if not name.startswith(LEARNING_RATE)}
-        return {name: float(tracked.get(name, value)) for name, value in means.items()}
+        logged = {name: mean for name, mean in means.result().items() if not name.startswith(LEARNING_RATE)}
+        return {name: float(tracked.get(name, mean)) for name, mean in logged.items()}
+
+    def _write(self, kind: str, folder: str, logs: CallLogs, began: float) -> None:
+        """Writes what a graph call told; validation has a step count of its own, which goes on rising."""
+        before = self.steps if kind == "train" else self._test_steps
+        self._events.steps(folder, 1 + before, {f"batch_{n}": values for n, values in logs.scalars.items()}, began)
+        for index, name, files in logs.images:
+            self._events.images(folder, 1 + before + index, {name: files})
+        if kind == "train":
+            self.steps += logs.done
+        else:
+            self._test_steps += logs.done
 
     def _pace(self, hooks: Sequence[keras.callbacks.Callback]) -> int | str:
         if self.steps_per_execution != "auto":
@@ -538,40 +377,13 @@ class Trainer(Tracked):
         for metric in self.metrics:
             metric.reset_state()
 
-    def _writer(self, folder: str) -> Writer:
-        if folder not in self._writers:
-            self._writers[folder] = Writer(self.log_dir / folder)
-        return self._writers[folder]
-
-    def _write_steps(self, kind: str, folder: str, logs: CallLogs, began: float) -> None:
-        """Writes what a graph call told; validation has a step count of its own, which goes on rising."""
-        first = 1 + (self.steps if kind == "train" else self._test_steps)
-        if kind == "test":
-            self._test_steps += logs.done
-        if self.log_dir is None or not logs.done:
-            return
-        writer = self._writer(folder)
-        tags = [f"batch_{name}" for name in logs.scalars]
-        writer.steps(first, tags, np.stack(list(logs.scalars.values()), 1), began)
-        for index, name, files in logs.images:
-            writer.image(first + index, name, files)
-        writer.flush()
-
     def _gathered(self, value: Any) -> np.ndarray:
         """All replicas' rows, in order."""
         return np.concatenate([part.numpy() for part in self.strategy.experimental_local_results(value)])
 
-    def _write_epoch(self, folder: str, logs: dict[str, float]) -> None:
-        if self.log_dir is not None:
-            self._writer(folder).scalars(self.epochs, {f"epoch_{name}": value for name, value in logs.items()})
-            self._writer(folder).flush()
 
-
-class _Now(threading.local):
-    """What the step that runs in this thread, which is one replica, has logged by itself; None: no step runs."""
-
-    scalars: dict[str, tf.Tensor] | None = None
-    images: dict[str, tf.Tensor] | None = None
+def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:
+    return {f"epoch_{name}": value for name, value in logs.items()}
 
 
 def _due(validation_freq: int | Sequence[int], epoch: int) -> bool:

@@ -1,6 +1,6 @@
 """A variational auto-encoder on MNIST.
 
-    python -m looplab.recipes.vae --epochs 2
+python -m looplab.recipes.vae --epochs 2
 """
 
 import keras

@@ -9,9 +9,10 @@ PACKAGE = Path(looplab.__file__).parent
 ALONE = {"loop", "losses", "metrics", "data", "summaries", "checks", "callbacks", "datasets", "tracking"}
 ALLOWED = {
     **{name: set() for name in ALONE},
-    "trainer": ALONE - {"datasets"},
+    "steps": {"checks", "loop", "losses", "metrics", "tracking"},
+    "trainer": ALONE - {"datasets", "losses"} | {"steps"},
     "recipe": {"trainer", "datasets", "checks"},
-    "testing": {"trainer"},
+    "testing": set(),
     "__main__": {"recipe"},
     "_quiet": set(),
 }

@@ -142,7 +142,9 @@ def test_evaluation_leaves_everything_as_it_was(line):
             logs = super().test_step(batch)
             return {**logs, "noise": keras.random.normal((), seed=self.seed_generator)}
 
-    model = keras.Sequential([layers.Dense(8), layers.BatchNormalization(), layers.Dropout(0.5, seed=1), layers.Dense(1)])
+    model = keras.Sequential(
+        [layers.Dense(8), layers.BatchNormalization(), layers.Dropout(0.5, seed=1), layers.Dense(1)]
+    )
     trainer = Noisy(model, optimizer="adam", loss="mse", metrics=["mae"])
     trainer.fit(x, y, epochs=1, verbose=0)
     variables = [*model.variables, trainer.seed_generator.state, *trainer.metrics[1].variables]

@@ -142,9 +142,7 @@ def bits(images, seed=0, validate_at=None, **options):
 
     callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=validate)] if validate_at is not None else []
     part, held_out = images[:1250], (images[1250:1500], images[1250:1500])
-    history = trainer.fit(
-        part, part, batch_size=64, epochs=2, verbose=0, validation_data=held_out, callbacks=callbacks
-    )
+    history = trainer.fit(part, part, batch_size=64, epochs=2, verbose=0, validation_data=held_out, callbacks=callbacks)
     return history.history, b"".join(weight.tobytes() for weight in trainer.get_weights())
 
 

@@ -1,0 +1,221 @@
+"""What happens within a step: the methods that a researcher overrides, and the record of what a step tells."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from looplab import checks
+from looplab.loop import StepLogs
+from looplab.losses import Ledger
+from looplab.metrics import BatchMetrics
+from looplab.tracking import Tracked
+
+LEARNING_RATE = "learning_rate"
+LOSS_PART = "loss/"
+
+
+class Steps(Tracked):
+    """One step of training, of evaluation and of prediction, as `keras.Model` has them: `Trainer` runs them."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None,
+        optimizer: Any,
+        loss: Any,
+        loss_weights: Any,
+        metrics: Any,
+        seed: int | None,
+    ):
+        self.model = model
+        # A Keras model without layers knows how losses and metrics, given as names, lists and dicts, meet outputs.
+        self._compiled = keras.Model(name="compiled")
+        if isinstance(model, keras.Model) and hasattr(model, "output_names"):
+            self._compiled.output_names = model.output_names
+        self._compiled.compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
+        self.optimizer = self._compiled.optimizer
+        self.loss = loss
+        self.loss_weights = loss_weights
+        self.seed = random.randint(1, 10**9) if seed is None else seed
+        self.seed_generator = keras.random.SeedGenerator(self.seed)
+        self.strategy = tf.distribute.get_strategy()
+        self._found: list[tf.Variable] = []  # what a step was seen to train, and no attribute leads to
+        self._ledger = Ledger()
+        self._batch_metrics = BatchMetrics()
+        self._now = _Now()
+
+    def train_step(self, batch: Any) -> dict[str, Any]:
+        """Learns from one batch.
+
+        Args:
+            batch: x, (x, y) or (x, y, sample_weight), as tensors.
+
+        Returns:
+            This batch's values: scalars by name. An epoch's value is the result of the metric of that name, where a
+            metric of that name was updated, else the mean over the batches, weighed by their size.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred, sample_weight)
+        self.minimize(tape, loss)
+        return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
+
+    def test_step(self, batch: Any) -> dict[str, Any]:
+        """Measures one batch: as `train_step`, without learning."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        y_pred = self(x, training=False)
+        loss = self.compute_loss(x, y, y_pred, sample_weight)
+        return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
+
+    def predict_step(self, batch: Any) -> Any:
+        """The outputs for one batch: a tensor, or a structure of them, with the examples first."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        return self(x, training=False)
+
+    def __call__(self, x: Any, training: bool = False) -> Any:
+        """Calls the model, with `training` if it takes that."""
+        if self.model is None:
+            raise ValueError(f"`{type(self).__name__}` was made without `model`: override the steps that call it.")
+        if isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters:
+            return self.model(x, training=training)
+        return self.model(x)
+
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
+        """The loss of a batch, a scalar: `loss` of the targets, and all that the model calls before added to it.
+
+        Each part is written as `batch_loss/<part>`: the loss function's name, the path of each layer that called
+        `add_loss` (with `_2` for its second call in this step), and `regularization`.
+        """
+        losses = self._ledger.take(self.trainable_variables)
+        if self.loss is not None:
+            checks.targets(y, self.loss)
+            # Keras divides a loss by the number of replicas, `minimize` does here: for losses of every origin.
+            total = self._compiled.compute_loss(x, y, y_pred, sample_weight) * self.strategy.num_replicas_in_sync
+            for name, value in self._target_losses(total).items():
+                self._ledger.add(name, value)
+            self._ledger.take()
+            losses.insert(0, total)
+        if not losses:
+            raise ValueError(
+                "There is no loss: pass `loss`, let the model call `add_loss`, or override `compute_loss`."
+            )
+        return functools.reduce(tf.add, losses)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """Updates the running state of `metrics`, and returns their values for this batch alone, by name."""
+        values = self._compiled.compute_metrics(x, y, y_pred, sample_weight)
+        del values["loss"]  # Keras's own running mean, which nothing updates here
+        return values
+
+    def minimize(
+        self, tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any] | None = None, optimizer: Any = None
+    ) -> list[tf.Tensor | None]:
+        """Takes the gradients of `loss` and lets the optimizer apply them.
+
+        Args:
+            tape: The tape under which `loss` was computed.
+            loss: A floating scalar: the mean over this replica's examples.
+            variables: What to train. By default `trainable_variables`, and any trainable `tf.Variable` that the
+                tape saw beyond those.
+            optimizer: A Keras optimizer, by default the trainer's.
+
+        Returns:
+            The gradients in the order of `variables`, None where the loss does not depend on one.
+
+        Raises:
+            ValueError: No optimizer, a loss that is not one floating number, or no gradient at all.
+        """
+        loss = checks.loss(loss)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        variables = self._watched(tape) if variables is None else list(variables)
+        if not variables:
+            warnings.warn(f"{type(self).__name__} has nothing to train: no trainable variables.", stacklevel=2)
+            return []
+        if optimizer is None:
+            raise ValueError("There is no optimizer: pass `optimizer` to the trainer or to `minimize`.")
+        # As the gradient of the scaled loss, without the loss itself being scaled for whoever looks at it.
+        scale = optimizer.scale_loss(tf.ones_like(loss) / self.strategy.num_replicas_in_sync)
+        gradients = tape.gradient(loss, variables, output_gradients=scale)
+        checks.gradients(gradients, variables)
+        optimizer.apply(gradients, variables)
+        return gradients
+
+    @property
+    def losses(self) -> list[tf.Tensor]:
+        """Within a step: all that model calls of this step added with `add_loss`, and the weights' regularizers."""
+        return list(self._ledger.parts(self.trainable_variables).values())
+
+    # Within.
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Within it, steps can run or be traced: added losses and metrics' updates are seen."""
+        with self._ledger.listening(), self._batch_metrics.watching(self.metrics):
+            yield
+
+    def _run_step(self, kind: str, step: Callable[[Any], Any], batch: Any, number: tf.Tensor) -> StepLogs:
+        """Runs a step of the user's on one replica, and gathers all that it tells."""
+        now = self._now
+        now.scalars, now.images = {}, {}
+        self._ledger.begin()
+        self._batch_metrics.begin()
+        try:
+            rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
+            logs = checks.step_logs(f"{kind}_step", step(batch))
+            parts = {f"{LOSS_PART}{name}": part for name, part in self._ledger.parts(self.trainable_variables).items()}
+            told: dict[str, tf.Tensor] = {}
+            for source in (logs, now.scalars, self._batch_metrics.unasked(), parts):
+                for name, value in source.items():
+                    if name in told:
+                        raise ValueError(f"`{kind}_step` told two values named '{name}'. Give one another name.")
+                    told[name] = value
+            return StepLogs({**rates, **told} if kind == "train" else told, now.images)
+        finally:
+            now.scalars = now.images = None
+            self._ledger.end()
+            self._batch_metrics.end()
+
+    def _learning_rates(self) -> dict[str, tf.Tensor]:
+        """The trainer's `optimizer` under `learning_rate`, any other under `learning_rate/<path>`."""
+        return {
+            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): tf.convert_to_tensor(optimizer.learning_rate)
+            for path, optimizer in self.optimizers.items()
+        }
+
+    def _target_losses(self, total: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The parts of the loss of the targets, by name: several outputs have one each, times its weight."""
+        by_output = self._output_losses()
+        if not by_output:
+            loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "name", None)
+            return {loss or getattr(self.loss, "__name__", None) or "targets": total}
+        weights = self.loss_weights
+        if isinstance(weights, dict):
+            weights = [weights.get(metric.name.removesuffix("_loss"), 1.0) for metric in by_output]
+        return {m.name: m.result() * w for m, w in zip(by_output, weights or [1.0] * len(by_output), strict=True)}
+
+    def _output_losses(self) -> list[keras.Metric]:
+        """Keras's means of the loss of each output, where there are several."""
+        return [m for m in self._compiled.metrics if isinstance(m, keras.metrics.Mean) and m.name.endswith("_loss")]
+
+    def _watched(self, tape: tf.GradientTape) -> list[Any]:
+        """`trainable_variables`, and what else the tape saw that no attribute led to: it is kept from then on."""
+        known = {id(v.value if isinstance(v, keras.Variable) else v) for v in self.weights}
+        self._found += [v for v in tape.watched_variables() if id(v) not in known]
+        return self.trainable_variables
+
+
+class _Now(threading.local):
+    """What the step that runs in this thread, which is one replica, has logged by itself; None: no step runs."""
+
+    scalars: dict[str, tf.Tensor] | None = None
+    images: dict[str, tf.Tensor] | None = None
