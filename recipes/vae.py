@@ -1,6 +1,7 @@
-"""A variational auto-encoder on MNIST.
+"""A variational auto-encoder on MNIST, as published: its epoch 2 has a mean loss of 0.0677 there, 0.0676 here.
 
-python -m looplab.recipes.vae --epochs 2
+python -m looplab.recipes.vae --epochs 2                      10 s on two cores
+python -m looplab.recipes.vae --epochs 10 --kl-weight 0.01    40 s; draws digits
 """
 
 import keras
@@ -23,22 +24,26 @@ class Sampling(layers.Layer):
 
 
 class KLDivergence(layers.Layer):
-    """Adds to the loss how far a normal distribution is from the standard one; passes nothing on."""
+    """Adds to the loss `weight` times how far a normal distribution is from the standard one; passes nothing on."""
+
+    def __init__(self, weight=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.weight = weight
 
     def call(self, mean, log_variance):
-        self.add_loss(-0.5 * ops.mean(log_variance - ops.square(mean) - ops.exp(log_variance) + 1))
+        self.add_loss(-0.5 * self.weight * ops.mean(log_variance - ops.square(mean) - ops.exp(log_variance) + 1))
 
 
 class VAE(keras.Model):
     """Encodes images as (batch, pixels) in [0, 1] to a latent normal distribution, and decodes a draw of it."""
 
-    def __init__(self, pixels: int = 784, hidden: int = 64, latent_dim: int = 32, **kwargs):
+    def __init__(self, pixels: int = 784, hidden: int = 64, latent_dim: int = 32, kl_weight: float = 1.0, **kwargs):
         super().__init__(name="vae", **kwargs)
         self.encoder = layers.Dense(hidden, "relu", name="encoder")
         self.mean = layers.Dense(latent_dim, name="mean")
         self.log_variance = layers.Dense(latent_dim, name="log_variance")
         self.sampling = Sampling(name="sampling")
-        self.kl = KLDivergence(name="kl")
+        self.kl = KLDivergence(kl_weight, name="kl")
         self.decoder = keras.Sequential(
             [layers.Input((latent_dim,)), layers.Dense(hidden, "relu"), layers.Dense(pixels, "sigmoid")], name="decoder"
         )
@@ -54,6 +59,7 @@ def vae(
     data: looplab.Data = looplab.Data("mnist"),
     hidden: int = 64,
     latent_dim: int = 32,
+    kl_weight: float = 1.0,
     learning_rate: float = 1e-3,
     epochs: int = 10,
     batch_size: int = 64,
@@ -64,13 +70,15 @@ def vae(
     Args:
         hidden: units of the layer between pixels and latent space, on both sides
         latent_dim: dimensions of the latent space
+        kl_weight: of the KL divergence; at 1, as published, it leaves the latent space unused, and each image comes
+            back as the mean of all; 0.01 draws digits
         learning_rate: of Adam
         epochs: passes over the training images
         batch_size: images in a step
     """
     arrays = data.load(image_size=28)
     train, test = (x.reshape(len(x), -1) / np.float32(255) for x in (arrays.x_train, arrays.x_test))
-    model = VAE(train.shape[1], hidden, latent_dim)
+    model = VAE(train.shape[1], hidden, latent_dim, kl_weight)
     trainer = looplab.Trainer(model, optimizer=keras.optimizers.Adam(learning_rate), loss="mse", **trainer_options)
 
     latent = np.random.default_rng(0).normal(size=(100, latent_dim)).astype("float32")
