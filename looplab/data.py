@@ -70,7 +70,10 @@ def from_arguments(
             dataset = dataset.map(_class_weighting(class_weight))
         return strategy.experimental_distribute_dataset(dataset)
 
-    return dataclasses.replace(batches, start=start, element_spec=start(0).element_spec)
+    first = start(0)
+    return dataclasses.replace(
+        batches, start=lambda epoch: start(epoch) if epoch else first, element_spec=first.element_spec
+    )
 
 
 def is_arrays(x: Any) -> bool:

@@ -6,38 +6,57 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-_LEAVES = (keras.Layer, keras.Optimizer, keras.Metric, keras.Variable, keras.random.SeedGenerator, tf.Variable)
+_VARIABLES = (keras.Variable, tf.Variable)
+_LEAVES = (keras.Layer, keras.Optimizer, keras.Metric, keras.random.SeedGenerator, *_VARIABLES)
 
 
-def walk(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each thing with state below `attributes`, once, as (path, thing), in the order of the attributes.
+class Held(NamedTuple):
+    """A thing with state that an object holds."""
+
+    path: str
+    """The attributes that lead to it, and positions in lists, joined by "/"."""
+    thing: Any
+    """A Keras layer, optimizer, metric, variable or seed generator, or a `tf.Variable`."""
+    trainable: bool
+    """For a variable: whether it is, and no layer that holds it is frozen."""
+
+
+def walk(attributes: dict[str, Any]) -> Iterator[Held]:
+    """Each thing with state below `attributes`, once, in the order of the attributes.
 
     Goes into lists, tuples, dicts, `tf.Module`s, and functions (what they close over, and the globals that they
-    name). A Keras layer or model is one thing, and Keras knows its inside; but a `tf.Variable` that is an attribute
-    of a layer, which Keras does not see, is told beside it.
+    name). A Keras layer or model is one thing, and Keras knows its inside; but the `tf.Variable`s among the attributes
+    of a layer, which Keras does not see, are told beside it.
     """
     seen: set[int] = set()
 
-    def visit(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    def visit(path: str, value: Any) -> Iterator[Held]:
         if id(value) in seen:
             return
         seen.add(id(value))
         if isinstance(value, _LEAVES):
-            yield path, value
+            yield Held(path, value, getattr(value, "trainable", False))
             if isinstance(value, keras.Layer):
-                for layer in value._flatten_layers():
-                    for name, inner in vars(layer).items():
-                        if isinstance(inner, tf.Variable):
-                            yield from visit(f"{path}/{layer.name}/{name}", inner)
+                for index, layer in enumerate(value._flatten_layers()):
+                    yield from unseen_by_keras(f"{path}/{index}", layer, layer)
             return
         for name, inner in _members(value).items():
             yield from visit(f"{path}/{name}", inner)
+
+    def unseen_by_keras(path: str, layer: keras.Layer, value: Any) -> Iterator[Held]:
+        members = vars(value) if value is layer else _members(value)
+        for name, inner in members.items():
+            if isinstance(inner, tf.Variable) and id(inner) not in seen:
+                seen.add(id(inner))
+                yield Held(f"{path}/{name}", inner, inner.trainable and layer.trainable)
+            elif isinstance(inner, (dict, list, tuple)) and not name.startswith("_self_"):
+                yield from unseen_by_keras(f"{path}/{name}", layer, inner)
 
     for name, value in attributes.items():
         yield from visit(name, value)
@@ -69,25 +88,25 @@ class Tracked:
     @property
     def trainable_variables(self) -> list[Any]:
         """The trainable variables of all models, in the order of the attributes that lead to them."""
-        return self._collect(lambda layer: layer.trainable_variables, lambda variable: variable.trainable)
+        return self._variables(lambda layer: layer.trainable_variables, trainable_alone=True)
 
     @property
     def weights(self) -> list[Any]:
         """The weights of all models, as `keras.Model.weights`: without seeds, metrics and optimizers."""
-        return self._collect(lambda layer: layer.weights)
+        return self._variables(lambda layer: layer.weights)
 
     @property
     def metrics(self) -> list[keras.Metric]:
         """The metrics among the attributes, and those that layers own."""
         metrics: list[keras.Metric] = []
-        for _, thing in self._walk():
-            metrics.extend([thing] if isinstance(thing, keras.Metric) else getattr(thing, "metrics", []))
+        for held in self._walk():
+            metrics.extend([held.thing] if isinstance(held.thing, keras.Metric) else getattr(held.thing, "metrics", []))
         return _once(metrics)
 
     @property
     def optimizers(self) -> dict[str, keras.Optimizer]:
         """The optimizers by the path of attributes to them."""
-        return {path: thing for path, thing in self._walk() if isinstance(thing, keras.Optimizer)}
+        return {held.path: held.thing for held in self._walk() if isinstance(held.thing, keras.Optimizer)}
 
     def get_weights(self) -> list[np.ndarray]:
         """The values of `weights`."""
@@ -114,45 +133,45 @@ class Tracked:
         """Assigns the weights that `save_weights` wrote, of the same models, which must be built."""
         self._saveable("load").load_weights(filepath)
 
-    def _walk(self) -> Iterator[tuple[str, Any]]:
+    def _walk(self) -> Iterator[Held]:
         return walk(vars(self))
 
     def _state(self) -> list[Any]:
         """All variables but those of optimizers: weights, seeds, and metrics."""
-        variables = self._collect(lambda layer: layer.variables)
-        variables += [thing.state for _, thing in self._walk() if isinstance(thing, keras.random.SeedGenerator)]
+        variables = self._variables(lambda layer: layer.variables)
+        variables += [held.thing.state for held in self._walk() if isinstance(held.thing, keras.random.SeedGenerator)]
         return _once(variables + [variable for metric in self.metrics for variable in metric.variables])
 
-    def _collect(self, of_layer: Callable, wanted: Callable = lambda variable: True) -> list[Any]:
+    def _variables(self, of_layer: Callable[[keras.Layer], list], trainable_alone: bool = False) -> list[Any]:
         variables = []
-        for _, thing in self._walk():
-            if isinstance(thing, keras.Layer):
-                variables.extend(of_layer(thing))
-            elif _is_variable(thing) and wanted(thing):
-                variables.append(thing)
+        for held in self._walk():
+            if isinstance(held.thing, keras.Layer):
+                variables.extend(of_layer(held.thing))
+            elif isinstance(held.thing, _VARIABLES) and (held.trainable or not trainable_alone):
+                variables.append(held.thing)
         return _once(variables)
 
     def _saveable(self, action: str) -> keras.Model:
         """The one Keras model that has all weights, or a model that holds all that have some."""
-        holders = [
-            (path, thing) for path, thing in self._walk() if getattr(thing, "weights", None) or _is_variable(thing)
-        ]
+        holders = [h for h in self._walk() if getattr(h.thing, "weights", None) or isinstance(h.thing, _VARIABLES)]
         if not holders:
             raise ValueError(f"There are no weights to {action} yet: call `build` with the data first.")
-        return holders[0][1] if len(holders) == 1 and isinstance(holders[0][1], keras.Model) else _Holder(holders)
+        alone = len(holders) == 1 and isinstance(holders[0].thing, keras.Model)
+        return holders[0].thing if alone else _Holder(holders)
 
 
 class _Holder(keras.Model):
     """Layers and variables under the paths that lead to them, so that Keras saves them as one model."""
 
-    def __init__(self, holders: Iterable[tuple[str, Any]]):
+    def __init__(self, holders: Iterable[Held]):
         super().__init__(name="trainer")
         self._free: dict[str, Any] = {}
-        for path, thing in holders:
-            if isinstance(thing, keras.Layer):
-                setattr(self, path.replace("/", "."), thing)
+        for held in holders:
+            name = held.path.replace("/", ".")
+            if isinstance(held.thing, keras.Layer):
+                setattr(self, name, held.thing)
             else:
-                self._free[path.replace("/", ".")] = thing
+                self._free[name] = held.thing
         self.built = True
 
     def save_own_variables(self, store):
@@ -166,11 +185,7 @@ class _Holder(keras.Model):
 
 def to_numpy(variable: Any) -> np.ndarray:
     """A copy of the value of a Keras or TensorFlow variable."""
-    return np.array(tf.convert_to_tensor(variable))
-
-
-def _is_variable(thing: Any) -> bool:
-    return isinstance(thing, (keras.Variable, tf.Variable))
+    return np.array(tf.convert_to_tensor(variable).numpy())
 
 
 def _once(things: Iterable[Any]) -> list[Any]:

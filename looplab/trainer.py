@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 import warnings
@@ -78,7 +79,7 @@ class Trainer(Steps):
         self.epochs = 0
         self._test_steps = 0
         self._image_every: dict[str, int] = {}
-        self._loops: list[tuple[str, Loop, list[int]]] = []
+        self._traced: list[_Traced] = []
         self._events = RunWriter(self.log_dir)
 
     # The loops around the steps.
@@ -273,25 +274,23 @@ class Trainer(Steps):
 
     def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
         """The loop of a kind of step, "train" or "test", for data of this signature; all variables are made then."""
-        for known, loop, traced_with in self._loops:
-            if (known, loop.element_spec, loop.eager) == (
-                kind,
-                element_spec,
-                eagerly,
-            ) and traced_with == self._trained():
-                return loop
+        trained = [*map(id, self._trained())]
+        self._traced = [known for known in self._traced if [*map(id, known.trained)] == trained]
+        for known in self._traced:
+            if (known.kind, known.loop.element_spec, known.loop.eager) == (kind, element_spec, eagerly):
+                return known.loop
         step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
         metrics = None
         while metrics != self.metrics:  # those that a trace makes are seen by the next alone
             metrics = self.metrics
             with self._recording():
                 loop = Loop(step, element_spec, self._image_every, self.strategy, self.jit_compile, eagerly)
-        self._loops.append((kind, loop, self._trained()))
+        self._traced.append(_Traced(kind, loop, self._trained()))
         return loop
 
-    def _trained(self) -> list[int]:
-        """What a trace holds fast, and a user may change between two calls of `fit`."""
-        return [id(thing) for thing in [*self.trainable_variables, *self.optimizers.values()]]
+    def _trained(self) -> list[Any]:
+        """What a trace holds fast, and a user may exchange between two calls of `fit`."""
+        return [*self.trainable_variables, *self.optimizers.values()]
 
     def _run(self, kind, loop, iterator, steps, callbacks, folder: str | None) -> dict[str, float]:
         """Runs an epoch of training, or one evaluation, and returns its logs."""
@@ -380,6 +379,15 @@ class Trainer(Steps):
     def _gathered(self, value: Any) -> np.ndarray:
         """All replicas' rows, in order."""
         return np.concatenate([part.numpy() for part in self.strategy.experimental_local_results(value)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A loop, and what its trace holds fast."""
+
+    kind: str
+    loop: Loop
+    trained: list[Any]
 
 
 def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:

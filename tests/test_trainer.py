@@ -1,5 +1,6 @@
 """What a user sees of `Trainer` on small models and data."""
 
+import gc
 import json
 
 import keras
@@ -459,3 +460,15 @@ def test_other_errors_name_the_argument(line):
 def test_history_reads_back_from_json_to_the_same_bits(line):
     history = looplab.Trainer(functional(), optimizer="sgd", loss="mse").fit(*line, epochs=3, verbose=0).history
     assert json.loads(json.dumps(history)) == history
+
+
+def test_an_exchanged_optimizer_is_the_one_that_trains(line):
+    """Also where it lies in memory where the old one was."""
+    x, y = line
+    trainer = looplab.Trainer(functional(), optimizer="sgd", loss="mse")
+    for _ in range(12):
+        trainer.fit(x, y, batch_size=100, verbose=0)
+        assert int(trainer.optimizer.iterations) == 1
+        trainer.optimizer = None
+        gc.collect()
+        trainer.optimizer = keras.optimizers.SGD(0.01)
