@@ -65,6 +65,8 @@ class Loop:
         self._image_names: list[str] = []
         self._traced: Callable | None = None
         self.eager = run_eagerly
+        if strategy.num_replicas_in_sync > 1:
+            self._make_variables()
         if not run_eagerly:
             whole_step = tf.function(self._whole_step, jit_compile=jit_compile or None)
             self._one_step = whole_step.get_concrete_function(element_spec, tf.TensorSpec((), tf.int64))
@@ -87,6 +89,16 @@ class Loop:
         ]
         scalars = {name: table[:, 1 + column] for column, name in enumerate(self._scalar_names)}
         return CallLogs(len(table), table[:, 0], scalars, images)
+
+    def _make_variables(self) -> None:
+        """Goes through the step in a graph that is then forgotten; the variables that Keras made remain.
+
+        `tf.function` lets a step make variables, but not variables with a copy on each replica.
+        """
+        with tf.__internal__.FuncGraph("variables").as_default():
+            one_replica = tf.nest.map_structure(_of_one_replica, self.element_spec)
+            batch = tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), one_replica)
+            self._strategy.run(self._step, (batch, tf.constant(1, tf.int64)))
 
     def _whole_step(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, StepLogs]:
         """One step on all replicas: the count of examples, and float64 means weighed by it."""
@@ -143,6 +155,11 @@ def _examples(batch: Any) -> tf.Tensor:
     if isinstance(first, tf.RaggedTensor):
         return first.nrows()
     return 1 if first.shape.rank == 0 else tf.shape(first)[0]
+
+
+def _of_one_replica(spec: Any) -> Any:
+    """The signature of a tensor on the first replica."""
+    return spec._value_specs[0] if hasattr(spec, "_value_specs") else spec
 
 
 def _wide(value: tf.Tensor) -> tf.Tensor:
