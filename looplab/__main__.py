@@ -15,7 +15,9 @@ def _run() -> None:
         recipe = getattr(importlib.import_module(module), function or module.rpartition(".")[2])
     except (ModuleNotFoundError, AttributeError) as error:
         sys.exit(f"python -m looplab: {sys.argv[1]} names no recipe function: {error}\n{usage}")
-    main(recipe, sys.argv[2:])
+    if not callable(recipe):
+        sys.exit(f"python -m looplab: {sys.argv[1]} is {type(recipe).__name__}, not a recipe function\n{usage}")
+    main(recipe, sys.argv[2:], prog=f"python -m looplab {sys.argv[1]}")
 
 
 _run()

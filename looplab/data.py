@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -84,19 +85,19 @@ def is_arrays(x: Any) -> bool:
 def to_arrays(name: str, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
     """(x, y, sample_weight) as arrays, without what is None: floating numbers as Keras's `floatx`, lists as tuples."""
     parts = {name: x, "y": y, "sample_weight": sample_weight}
-    arrays = {part: _to_arrays(part, value) for part, value in parts.items() if value is not None}
-    lengths = {part: {len(leaf) for leaf in tf.nest.flatten(value)} for part, value in arrays.items()}
+    arrays = {part: _to_arrays(part, value) for part, value in parts.items() if value is not None or part == name}
+    lengths = {part: {leaf.shape[0] for leaf in tf.nest.flatten(value)} for part, value in arrays.items()}
     if len(set.union(*lengths.values())) > 1:
         told = ", ".join(f"`{part}` has {' and '.join(map(str, sorted(n)))}" for part, n in lengths.items())
         raise ValueError(f"All parts of the data must have the same number of examples; {told}.")
-    if lengths[name] == {0}:
+    if lengths[name] <= {0}:
         raise ValueError(f"`{name}` is empty: it has 0 examples. Pass at least one.")
     return keras.utils.pack_x_y_sample_weight(arrays[name], arrays.get("y"), arrays.get("sample_weight"))
 
 
 def split(arrays: Any, fraction: float) -> tuple[Any, Any]:
     """(all but the last `fraction` of the examples, the last `fraction`), before any shuffling, as Keras does it."""
-    n = len(tf.nest.flatten(arrays)[0])
+    n = tf.nest.flatten(arrays)[0].shape[0]
     cut = math.floor(n * (1 - fraction))
     if not 0 < cut < n:
         raise ValueError(
@@ -109,7 +110,7 @@ def split(arrays: Any, fraction: float) -> tuple[Any, Any]:
 def _to_arrays(part: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _to_arrays(f"{part}[{key!r}]", inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)) and all(hasattr(inner, "__array__") for inner in value):
+    if isinstance(value, (list, tuple)) and any(len(getattr(inner, "shape", ())) > 0 for inner in value):
         return tuple(_to_arrays(f"{part}[{index}]", inner) for index, inner in enumerate(value))
     if not hasattr(value, "__array__") and not isinstance(value, (list, tuple, tf.RaggedTensor)):
         raise TypeError(
@@ -117,7 +118,10 @@ def _to_arrays(part: str, value: Any) -> Any:
             f"that returns one; {type(value).__name__} came. Wrap any other iterable as "
             f"`tf.data.Dataset.from_generator(lambda: iterable, output_signature=...)`."
         )
-    array = value if isinstance(value, (tf.Tensor, tf.RaggedTensor)) else np.asarray(value)
+    try:
+        array = value if isinstance(value, (tf.Tensor, tf.RaggedTensor)) else np.asarray(value)
+    except ValueError as error:
+        raise TypeError(f"`{part}` must be an array; a list with rows of several shapes came.") from error
     if array.dtype == object:
         raise TypeError(f"`{part}` must hold numbers; an array of objects came. Give all its rows one shape and type.")
     if len(array.shape) == 0:
@@ -128,10 +132,11 @@ def _to_arrays(part: str, value: Any) -> Any:
 
 
 def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
-    n = len(tf.nest.flatten(arrays)[0])
+    n = tf.nest.flatten(arrays)[0].shape[0]
     per_pass = math.ceil(n / batch_size)
     leaves = tf.nest.flatten(arrays)
-    tensors = {id(leaf): tf.convert_to_tensor(leaf) for leaf in leaves}  # an auto-encoder's x is its y: held once
+    # By identity: of an auto-encoder, whose x is its y, one is held and gathered from.
+    tensors = {id(leaf): tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves}
 
     def one_pass(number: tf.Tensor) -> tf.data.Dataset:
         """The rows of each batch of one pass over the data."""
@@ -161,7 +166,7 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None) -> Bat
     if size == 0:
         raise ValueError(f"`{name}` is an empty data set. Pass at least one batch.")
     if steps is not None:
-        return Batches(lambda epoch: dataset.repeat(), steps, True, None)
+        return Batches(lambda epoch: dataset.repeat().skip(epoch * steps), steps, True, None)
     if size == tf.data.INFINITE_CARDINALITY:
         argument = "steps_per_epoch" if name == "x" else "validation_steps"
         raise ValueError(f"`{name}` is an endless data set: say with `{argument}` how many batches an epoch has.")
@@ -169,18 +174,22 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None) -> Bat
 
 
 def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None) -> Batches:
-    first = function(0)
-    if not isinstance(first, tf.data.Dataset):
-        raise TypeError(
-            f"`{name}` is a function of the epoch, which must return a `tf.data.Dataset`; "
-            f"for epoch 0 it returned {type(first).__name__}."
-        )
-    size = _from_dataset(name, first, steps).steps
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError as error:
+        raise TypeError(f"`{name}` is a function, which must take the epoch alone: {error}.") from error
 
     def start(epoch: int) -> tf.data.Dataset:
-        return function(epoch) if steps is None else function(epoch).repeat().take(steps)
+        dataset = function(epoch)
+        if not isinstance(dataset, tf.data.Dataset):
+            raise TypeError(
+                f"`{name}` is a function of the epoch, which must return a `tf.data.Dataset`; "
+                f"for epoch {epoch} it returned {type(dataset).__name__}."
+            )
+        _from_dataset(name, dataset, steps)  # for what it checks
+        return dataset if steps is None else dataset.repeat().take(steps)
 
-    return Batches(start, size, False, None)
+    return Batches(start, steps, False, None)  # without `steps`, an epoch may be longer than another
 
 
 def _check_signature(name: str, dataset: tf.data.Dataset) -> None:
@@ -204,6 +213,10 @@ def _class_weighting(class_weight: dict[int, float]) -> Callable:
         labels = tf.argmax(y, -1) if y.shape.rank > 1 and y.shape[-1] != 1 else tf.reshape(tf.cast(y, tf.int64), [-1])
         known = tf.minimum(labels, len(table) - 1)
         weight = tf.where(labels < len(table), tf.gather(table, known), 1)
-        return x, y, weight if sample_weight is None else weight * tf.cast(sample_weight, weight.dtype)
+        if sample_weight is not None:  # of shape (n,), or (n, 1)
+            weight = tf.cast(sample_weight, weight.dtype) * tf.reshape(
+                weight, [-1, *[1] * (sample_weight.shape.rank - 1)]
+            )
+        return x, y, weight
 
     return weigh

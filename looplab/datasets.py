@@ -8,7 +8,7 @@ import hashlib
 import os
 import socket
 import threading
-import zipfile
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -57,6 +57,13 @@ class Data:
     data_dir: str | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        known = typing.get_args(typing.get_type_hints(type(self))["dataset"])
+        if self.dataset not in known:
+            raise DataError(f"`dataset` must be one of {', '.join(known)}; {self.dataset!r} came.")
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"`limit` must be at least 1; {self.limit} came.")
+
     def load(self, image_size: int = 28) -> Arrays:
         """The arrays; the embedded digits are scaled up to `image_size` pixels squared.
 
@@ -91,24 +98,21 @@ def _read(path: Path) -> tuple[np.ndarray, ...]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = tuple(file[key] for key in keys)
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
+        told = f"{type(error).__name__}: {error}"
         raise DataError(
-            f"`data_dir`: {path} is damaged, or no file of {', '.join(keys)}: {error}. Fetch it again."
+            f"`data_dir`: {path} is damaged, or not of {', '.join(keys)} ({told}). Fetch it again."
         ) from error
     x_train, y_train, x_test, y_test = arrays
     for x, y in ((x_train, y_train), (x_test, y_test)):
-        if (
-            x.dtype != np.uint8
-            or x.ndim < 3
-            or x.shape[1:] != x_train.shape[1:]
-            or y.shape[:1] != x.shape[:1]
-            or not len(x)
-        ):
+        images = x.dtype == np.uint8 and x.ndim >= 3 and len(x) > 0 and x.shape[1:] == x_train.shape[1:]
+        labels = np.issubdtype(y.dtype, np.integer) and y.shape in ((len(x),), (len(x), 1))
+        if not (images and labels):
             raise DataError(
-                f"`data_dir`: {path} must hold uint8 images (n, height, width) and one label for each; "
-                f"images of {x.dtype} {x.shape} with labels {y.shape} came."
+                f"`data_dir`: {path} must hold uint8 images (n, height, width) and one whole number for each; "
+                f"images of {x.dtype} {x.shape} with labels of {y.dtype} {y.shape} came."
             )
-    return arrays
+    return x_train, y_train.reshape(-1), x_test, y_test.reshape(-1)
 
 
 def _from_keras(name: str) -> tuple[np.ndarray, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -28,9 +29,16 @@ from looplab.datasets import Arrays, Data, DataError
 from looplab.trainer import Trainer
 
 
+class UsageError(ValueError):
+    """A run cannot begin as asked for."""
+
+
 @dataclasses.dataclass
 class Recipe:
-    """A trainer, and what it is to learn: what a recipe function returns."""
+    """A trainer, and what it is to learn: what a recipe function returns.
+
+    Name the layers of its models: Keras counts unnamed ones through the whole process, and TensorBoard's tags follow.
+    """
 
     trainer: Trainer
     train: Any
@@ -79,9 +87,9 @@ def run(
         verbose: As in `Trainer.fit`.
         options: The recipe function's own, and the `Trainer`'s.
     """
-    keras.utils.set_random_seed(seed)
     folder = Path(log_dir) if log_dir is not None else _new_folder(Path("logs") / recipe.__name__)
-    checks.no_other_run(folder)
+    _check_files(folder, weights)
+    keras.utils.set_random_seed(seed)
     began = time.time()
     ready = recipe(seed=seed, log_dir=folder, **options)
     trainer = ready.trainer
@@ -108,10 +116,16 @@ def run(
     return ready
 
 
-def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None) -> None:
-    """The command line of a recipe: its keyword arguments, with types, defaults and docstring lines, are the flags."""
+def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """The command line of a recipe: its keyword arguments, with types, defaults and docstring lines, are the flags.
+
+    Args:
+        recipe: The recipe function.
+        argv: The arguments, by default those of the process.
+        prog: How usage and errors call the program.
+    """
     parser = _Parser(
-        prog=f"python -m {_module_name(recipe)}",
+        prog=prog or f"python -m {_module_name(recipe)}",
         description=(inspect.getdoc(recipe) or "").partition("\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -123,8 +137,18 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None) -> No
         options[name] = group(**{field: options.pop(field) for field in fields})
     try:
         run(recipe, **options)
-    except DataError as error:
+    except (UsageError, DataError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _check_files(folder: Path, weights: str | None) -> None:
+    """The log folder is free, and the weights are there."""
+    try:
+        checks.no_other_run(folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if weights is not None and not (Path(weights).is_file() and str(weights).endswith(".weights.h5")):
+        raise UsageError(f"`weights` must be a file whose name ends in .weights.h5; {weights} is none.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -141,7 +165,13 @@ class _Parser(argparse.ArgumentParser):
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     """What belongs to the run and the trainer, not to one recipe."""
     flags = parser.add_argument_group("of every recipe")
-    flags.add_argument("--seed", type=int, default=0, help="of the weights, the steps and the order of the data")
+    flags.add_argument(
+        "--seed",
+        type=functools.partial(_whole, 0),
+        metavar="N",
+        default=0,
+        help="of the weights, the steps and the order of the data",
+    )
     flags.add_argument(
         "--log-dir",
         help="folder for all that the run leaves (default: logs/<recipe>/<time>)",
@@ -177,7 +207,10 @@ def _add_recipe_flags(
 
 def _add_flag(flags: Any, name: str, kind: Any, default: Any, text: str) -> None:
     flag = f"--{name.replace('_', '-')}"
-    text = text.replace("%", "%%") or " "
+    text = text.replace("%", "%%") or "(default: %(default)s)"
+    if default is inspect.Parameter.empty:
+        flags.add_argument(flag, type=kind, required=True, metavar=kind.__name__.upper(), help=text)
+        return
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(inner for inner in typing.get_args(kind) if inner is not type(None))
     if kind is bool:
@@ -186,7 +219,7 @@ def _add_flag(flags: Any, name: str, kind: Any, default: Any, text: str) -> None
         choices = typing.get_args(kind)
         flags.add_argument(flag, type=type(choices[0]), choices=choices, default=default, help=text)
     elif kind is int and name in ("epochs", "batch_size", "limit"):
-        flags.add_argument(flag, type=_positive, default=default, metavar="N", help=text)
+        flags.add_argument(flag, type=functools.partial(_whole, 1), default=default, metavar="N", help=text)
     else:
         flags.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
 
@@ -196,7 +229,7 @@ def _parameters(function: Callable) -> list[tuple[str, Any, Any, str]]:
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     lines = _argument_lines(inspect.getdoc(function) or "")
     return [
-        (name, hints.get(name, str), parameter.default, lines.get(name, ""))
+        (name, hints.get(name, type(parameter.default)), parameter.default, lines.get(name, ""))
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
@@ -215,15 +248,14 @@ def _argument_lines(doc: str) -> dict[str, str]:
     return lines
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; {text} came")
-    return number
+def _whole(minimum: int, text: str) -> int:
+    if not text.lstrip("+-").isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}; {text} came")
+    return int(text)
 
 
 def _auto_or_positive(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+    return text if text == "auto" else _whole(1, text)
 
 
 def _verbose(text: str) -> int | str:

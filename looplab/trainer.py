@@ -121,6 +121,8 @@ class Trainer(Steps):
         given = list(callbacks or [])
         checks.callbacks(given)
         if validation_split and validation_data is None:
+            if not data.is_arrays(x):
+                raise ValueError("`validation_split` splits arrays; of a data set, pass a part as `validation_data`.")
             arrays, validation_data = data.split(data.to_arrays("x", x, y, sample_weight), validation_split)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(arrays)
         train = self._batches("x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch)

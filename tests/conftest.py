@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _seeded():
     """Each test starts from the same seeds and layer names, whichever ran before it."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
 
 
