@@ -135,8 +135,10 @@ def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: i
     n = tf.nest.flatten(arrays)[0].shape[0]
     per_pass = math.ceil(n / batch_size)
     leaves = tf.nest.flatten(arrays)
-    # By identity: of an auto-encoder, whose x is its y, one is held and gathered from.
-    tensors = {id(leaf): tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves}
+    distinct = {id(leaf): leaf for leaf in leaves}  # an auto-encoder's x is its y: it is held and gathered once
+    tensors = {
+        key: tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for key, leaf in distinct.items()
+    }
 
     def one_pass(number: tf.Tensor) -> tf.data.Dataset:
         """The rows of each batch of one pass over the data."""
@@ -155,6 +157,8 @@ def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: i
         dataset = rows.map(gather)
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+        options.experimental_optimization.apply_default_optimizations = False  # to rewrite it, it would copy the data
+        options.autotune.enabled = False
         return dataset.prefetch(_BUFFER).with_options(options)
 
     return Batches(start, steps or per_pass, True, None)
