@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,15 +104,6 @@ def targets(y: Any, loss_name: str) -> None:
             f"`loss` {loss_name} needs targets, and the data has no y. Pass y, or let the data set's elements be "
             f"(x, y); a model that adds its losses itself takes `loss=None`."
         )
-
-
-def unknown_options(who: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """No option has a name that `who` does not know."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean `{near[0]}`?" if near else f" It takes {', '.join(f'`{k}`' for k in known)}."
-            raise TypeError(f"{who} takes no `{name}`.{hint}")
 
 
 def images(name: str, value: Any) -> tf.Tensor:

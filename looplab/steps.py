@@ -103,7 +103,7 @@ class Steps(Tracked):
             total = self._compiled.compute_loss(x, y, y_pred, sample_weight) * self.strategy.num_replicas_in_sync
             for name, value in self._target_losses(total).items():
                 self._ledger.add(name, value)
-            self._ledger.take()
+            self._ledger.take(())
             losses.insert(0, total)
         if not losses:
             raise ValueError(
@@ -167,12 +167,12 @@ class Steps(Tracked):
         """Runs a step of the user's on one replica, and gathers all that it tells."""
         now = self._now
         now.scalars, now.images = {}, {}
-        self._ledger.begin()
+        self._ledger.begin(self.trainable_variables)
         self._batch_metrics.begin()
         try:
             rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
             logs = checks.step_logs(f"{kind}_step", step(batch))
-            parts = {f"{LOSS_PART}{name}": part for name, part in self._ledger.parts(self.trainable_variables).items()}
+            parts = {f"{LOSS_PART}{name}": part for name, part in self._ledger.end().items()}
             told: dict[str, tf.Tensor] = {}
             for source in (logs, now.scalars, self._batch_metrics.unasked(), parts):
                 for name, value in source.items():
