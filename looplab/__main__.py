@@ -8,12 +8,14 @@ from looplab.recipe import main
 
 def _run() -> None:
     usage = "usage: python -m looplab MODULE:FUNCTION [--flag ...]    (--help after it lists the flags)"
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+    if len(sys.argv) < 2 or sys.argv[1].startswith(("-", ":", ".")):
         sys.exit(usage)
     module, _, function = sys.argv[1].partition(":")
     try:
         recipe = getattr(importlib.import_module(module), function or module.rpartition(".")[2])
     except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is the recipe's own import that failed
         sys.exit(f"python -m looplab: {sys.argv[1]} names no recipe function: {error}\n{usage}")
     if not callable(recipe):
         sys.exit(f"python -m looplab: {sys.argv[1]} is {type(recipe).__name__}, not a recipe function\n{usage}")

@@ -39,6 +39,7 @@ def callbacks(given: Iterable[Any]) -> None:
     instead = {
         keras.callbacks.TensorBoard: "pass `log_dir` to the trainer, which writes every step",
         keras.callbacks.ProgbarLogger: "`verbose=1` of `fit` shows a bar",
+        keras.callbacks.BackupAndRestore: "it cannot bring back the trainer's own state",
     }
     for callback in given:
         if not isinstance(callback, keras.callbacks.Callback):
@@ -55,7 +56,10 @@ def step_logs(step: str, logs: Any) -> dict[str, tf.Tensor]:
             f"`{step}` must return a dict of this batch's scalars by name, such as {{'loss': loss}}; "
             f"it returned {type(logs).__name__}."
         )
-    return {name: scalar(f"`{step}` returned", name, value) for name, value in logs.items()}
+    flat: dict[Any, Any] = {}
+    for name, value in logs.items():
+        flat |= value if isinstance(value, dict) else {name: value}  # the result of a metric may be a dict
+    return {name: scalar(f"`{step}` returned", name, value) for name, value in flat.items()}
 
 
 def scalar(who: str, name: Any, value: Any) -> tf.Tensor:
@@ -69,7 +73,7 @@ def scalar(who: str, name: Any, value: Any) -> tf.Tensor:
     if tensor.shape.rank != 0 or not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):
         raise ValueError(
             f"{who} '{name}' with shape {tensor.shape} and dtype {tensor.dtype.name}; it must be one number. "
-            f"Reduce it first, such as with `tf.reduce_mean`."
+            f"Reduce it first, such as with `tf.reduce_mean`; a metric of several classes, with `average='macro'`."
         )
     return tensor
 

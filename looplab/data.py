@@ -40,14 +40,16 @@ def from_arguments(
     seed: int = 0,
     class_weight: dict[int, float] | None = None,
     steps: int | None = None,
+    training_from: int | None = None,
     strategy: tf.distribute.Strategy,
 ) -> Batches:
     """Batches from arrays, from a `tf.data.Dataset`, or from a function of the epoch that returns one.
 
     Args:
         name: What an error calls `x`: "x" or "validation_data".
-        steps: Batches in an epoch, if not as many as there are. The data then goes on in the next epoch where it
-            stopped, and starts again at its end.
+        steps: Batches in an epoch, if not as many as there are.
+        training_from: The first epoch of a training. With `steps`, its data goes on in the next epoch where it
+            stopped, and begins again at its end. Without it, the data is for one evaluation, and ends where it ends.
 
     Raises:
         TypeError: `x` is none of these.
@@ -60,10 +62,14 @@ def from_arguments(
                     f"`{other}` must not be given where `{name}` is a data set: it came with {type(x).__name__}. "
                     f"Let the data set's elements be batches: x, (x, y) or (x, y, sample_weight)."
                 )
-        batches = _from_dataset(name, x, steps) if isinstance(x, tf.data.Dataset) else _from_function(name, x, steps)
+        source = _from_dataset if isinstance(x, tf.data.Dataset) else _from_function
+        batches = source(name, x, steps, training_from is not None)
     else:
         arrays = to_arrays(name, x, y, sample_weight)
-        batches = _from_arrays(name, arrays, 32 if batch_size is None else batch_size, shuffle, seed, steps)
+        batches = _from_arrays(arrays, 32 if batch_size is None else batch_size, shuffle, seed, steps)
+        if training_from is None:
+            n = tf.nest.flatten(arrays)[0].shape[0]
+            batches = dataclasses.replace(batches, steps=min(batches.steps, math.ceil(n / (batch_size or 32))))
 
     def start(epoch: int) -> tf.data.Dataset:
         dataset = batches.start(epoch)
@@ -71,9 +77,10 @@ def from_arguments(
             dataset = dataset.map(_class_weighting(class_weight))
         return strategy.experimental_distribute_dataset(dataset)
 
-    first = start(0)
+    begin = training_from or 0
+    first = start(begin)
     return dataclasses.replace(
-        batches, start=lambda epoch: start(epoch) if epoch else first, element_spec=first.element_spec
+        batches, start=lambda epoch: first if epoch == begin else start(epoch), element_spec=first.element_spec
     )
 
 
@@ -131,7 +138,7 @@ def _to_arrays(part: str, value: Any) -> Any:
     return array
 
 
-def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
+def _from_arrays(arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
     n = tf.nest.flatten(arrays)[0].shape[0]
     per_pass = math.ceil(n / batch_size)
     leaves = tf.nest.flatten(arrays)
@@ -164,11 +171,13 @@ def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: i
     return Batches(start, steps or per_pass, True, None)
 
 
-def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None) -> Batches:
+def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:
     _check_signature(name, dataset)
     size = int(dataset.cardinality())
     if size == 0:
         raise ValueError(f"`{name}` is an empty data set. Pass at least one batch.")
+    if steps is not None and not training:
+        return Batches(lambda epoch: dataset.take(steps), steps, False, None)
     if steps is not None:
         return Batches(lambda epoch: dataset.repeat().skip(epoch * steps), steps, True, None)
     if size == tf.data.INFINITE_CARDINALITY:
@@ -177,7 +186,7 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None) -> Bat
     return Batches(lambda epoch: dataset, size if size > 0 else None, False, None)
 
 
-def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None) -> Batches:
+def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None, training: bool) -> Batches:
     try:
         inspect.signature(function).bind(0)
     except TypeError as error:
@@ -190,8 +199,10 @@ def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps:
                 f"`{name}` is a function of the epoch, which must return a `tf.data.Dataset`; "
                 f"for epoch {epoch} it returned {type(dataset).__name__}."
             )
-        _from_dataset(name, dataset, steps)  # for what it checks
-        return dataset if steps is None else dataset.repeat().take(steps)
+        _from_dataset(name, dataset, steps, training)  # for what it checks
+        if training and steps is not None:
+            dataset = dataset.repeat()
+        return dataset if steps is None else dataset.take(steps)
 
     return Batches(start, steps, False, None)  # without `steps`, an epoch may be longer than another
 

@@ -13,67 +13,79 @@ import tensorflow as tf
 
 REGULARIZATION = "regularization"
 
+_thread = threading.local()  # .ledger: that of the step which runs in this thread
+_lock = threading.Lock()
+_listeners = 0
+_add_loss = keras.Layer.add_loss
 
-class Ledger(threading.local):
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Within it, what Keras layers add goes to the open ledger of the thread that adds it, if there is one."""
+    global _listeners
+    with _lock:
+        _listeners += 1
+        keras.Layer.add_loss = _listened
+    try:
+        yield
+    finally:
+        with _lock:
+            _listeners -= 1
+            if not _listeners:
+                keras.Layer.add_loss = _add_loss
+
+
+def _listened(layer: keras.Layer, loss: Any) -> None:
+    _add_loss(layer, loss)
+    ledger: Ledger | None = getattr(_thread, "ledger", None)
+    if ledger is not None:
+        for value in tf.nest.flatten(loss):
+            # A layer that Keras calls to infer shapes does not keep the loss: nor do we.
+            if any(value is kept for kept in layer.losses):
+                ledger.add(layer.path or layer.name, value)
+
+
+class Ledger:
     """Collects every `add_loss` of one step; each thread, which is each replica, has its own.
 
     Keras forgets what a model added when that model is called again, so that of a step's two calls only the second
     would count. (Running the step as the call of an outer layer makes Keras remember, but then a call without
-    `training` inherits it from the call before.) So the ledger listens to `add_loss` itself.
+    `training` inherits it from the call before.) So a ledger listens to `add_loss` itself.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[str, tf.Tensor] | None = None  # None: no step runs in this thread
+        self._parts: dict[str, tf.Tensor] = {}
         self._taken: set[str] = set()
         self._penalty: tf.Tensor | None = None
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within it, what any Keras layer adds in a thread where a step was begun is collected."""
-        add_loss = keras.Layer.add_loss
-
-        def listened(layer: keras.Layer, loss: Any) -> None:
-            add_loss(layer, loss)
-            for value in [] if self._parts is None else tf.nest.flatten(loss):
-                # A layer that Keras calls to infer shapes does not keep the loss: nor do we.
-                if any(value is kept for kept in layer.losses):
-                    self.add(layer.path or layer.name, value)
-
-        keras.Layer.add_loss = listened
+    def open(self, variables: Iterable[Any]) -> Iterator[None]:
+        """Within it runs a step, which may train `variables`."""
+        self._parts, self._taken, self._penalty = {}, set(), _penalty(variables)
+        before, _thread.ledger = getattr(_thread, "ledger", None), self
         try:
             yield
         finally:
-            keras.Layer.add_loss = add_loss
+            _thread.ledger = before
 
-    def begin(self, variables: Iterable[Any]) -> None:
-        """Opens the ledger of a step that may train `variables` in this thread."""
-        self._parts, self._taken = {}, set()
-        self._penalty = _penalty(variables)
-
-    def end(self) -> dict[str, tf.Tensor]:
-        """Closes it, and returns all parts by name, also those that the step itself did not ask for.
+    def all(self) -> dict[str, tf.Tensor]:
+        """All parts of the step by name, also those that it did not ask for.
 
         The regularizers are told as they were when the step asked for them, or else before it changed the weights.
         """
-        parts, self._parts = self._parts or {}, None
-        if self._penalty is not None:
-            parts.setdefault(REGULARIZATION, self._penalty)
-        return parts
+        return self._parts if self._penalty is None else {REGULARIZATION: self._penalty, **self._parts}
 
     def add(self, name: str, value: Any) -> None:
         """Enters a part, as its sum, which is how Keras counts it; the second of one name becomes `<name>_2`."""
-        if self._parts is not None:
-            names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
-            free = next(name for name in names if name not in self._parts)
-            self._parts[free] = tf.cast(tf.reduce_sum(value), keras.config.floatx())
+        names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
+        free = next(name for name in names if name not in self._parts)
+        self._parts[free] = tf.cast(tf.reduce_sum(value), keras.config.floatx())
 
     def parts(self, variables: Iterable[Any]) -> dict[str, tf.Tensor]:
         """All parts of this step so far, by name: the path of the layer that added it.
 
         The regularizers of `variables` are one part, `regularization`, however often they are asked for.
         """
-        if self._parts is None:
-            return {}
         if REGULARIZATION not in self._parts:  # now, under the tape of whoever asks
             penalty = _penalty(variables)
             if penalty is not None:

@@ -16,43 +16,59 @@ import tensorflow as tf
 class BatchMetrics:
     """Lets metrics tell the value of the current batch alone while a step runs.
 
-    Each `update_state` counts twice: in the metric's variables, which are the running state, and in tensors that
-    begin with each step. `result` tells the latter. So a step written as in Keras, which returns `metric.result()`,
-    returns this batch's value, and the running value is there once the step is over.
+    Each `update_state` counts twice: in the metric's variables, which are the running state, and in copies of them
+    that are reset when a step begins. `result` tells the latter. So a step written as in Keras, which returns
+    `metric.result()`, returns this batch's value, and the running value is there once the step is over.
     """
 
     def __init__(self) -> None:
-        self.counted: set[int] = set()
-        """The ids of the metrics that steps update."""
+        self._copies: dict[keras.Metric, list[tuple[tf.Variable, np.ndarray]]] = {}  # and the value of each when fresh
         self._step = threading.local()  # each thread, which is each replica, has its own step
 
     @contextlib.contextmanager
     def watching(self, metrics: Iterable[keras.Metric]) -> Iterator[None]:
-        """Within it, `metrics` tell the values of batches in a thread where a step was begun."""
-        metrics = list(metrics)
+        """Within it, `metrics` tell the values of batches in a thread where a step is open.
+
+        Raises:
+            ValueError: A metric keeps its state in a `tf.Variable`, of which Keras can make no second state.
+        """
+        methods = []
         for metric in metrics:
-            metric.update_state = functools.partial(self._update, metric, metric.update_state)
-            metric.result = functools.partial(self._result, metric, metric.result)
+            if any(isinstance(value, tf.Variable) for value in vars(metric).values()):
+                raise ValueError(
+                    f"Metric '{metric.name}' holds a `tf.Variable`. Make its state by `self.add_variable`."
+                )
+            methods.append((metric, metric.update_state, metric.result))
+        for metric, update_state, result in methods:
+            metric.update_state = functools.partial(self._update, metric, update_state)
+            metric.result = functools.partial(self._result, metric, result)
         try:
             yield
         finally:
-            for metric in metrics:
-                del metric.update_state, metric.result
+            for metric, update_state, result in methods:
+                for name, method in (("update_state", update_state), ("result", result)):
+                    delattr(metric, name)
+                    if getattr(metric, name) != method:  # it was an attribute of the instance before
+                        setattr(metric, name, method)
 
-    def begin(self) -> None:
-        """A step begins in this thread."""
-        self._step.states, self._step.results, self._step.asked = {}, {}, set()
+    @contextlib.contextmanager
+    def open(self, updated: dict[str, keras.Metric]) -> Iterator[None]:
+        """Within it runs a step; `updated` are the metrics it is known to update, and it is told of others."""
+        self._step.updated, self._step.asked, self._step.copying = updated, set(), False
+        for metric in updated.values():
+            for copy, fresh in self._copies[metric]:
+                copy.assign(fresh)
+        try:
+            yield
+        finally:
+            del self._step.updated
 
-    def end(self) -> None:
-        """It is over."""
-        del self._step.states
-
-    def unasked(self) -> dict[str, tf.Tensor]:
+    def unasked(self) -> dict[str, Any]:
         """The batch's values of the metrics whose result the step did not ask for: layers own such ones."""
-        values: dict[str, tf.Tensor] = {}
-        for metric, result in self._step.results.items():
+        values: dict[str, Any] = {}
+        for metric in self._step.updated.values():
             if metric not in self._step.asked:
-                for name, value in named_result(metric, self._result(metric, result)).items():
+                for name, value in named_result(metric).items():
                     if name in values:
                         raise ValueError(f"Two metrics are named '{name}'. Give one of them another `name`.")
                     values[name] = value
@@ -60,27 +76,33 @@ class BatchMetrics:
 
     def _update(self, metric: keras.Metric, update_state: Callable, *args: Any, **kwargs: Any) -> Any:
         outcome = update_state(*args, **kwargs)  # first, because it may make the metric's variables
-        if hasattr(self._step, "states"):
-            if metric not in self._step.states:
-                with keras.StatelessScope() as scope:
-                    metric.reset_state()
-                self._step.states[metric] = _values(metric, scope)
-                self._step.results[metric] = metric.result.args[-1]
-                self.counted.add(id(metric))
-            with self._batch_state(metric) as scope:
+        if hasattr(self._step, "updated") and not self._step.copying:
+            if metric not in self._copies:
+                self._copies[metric] = _fresh_copies(metric)
+            self._step.updated.setdefault(str(id(metric)), metric)
+            with self._on_copies(metric) as scope:
                 update_state(*args, **kwargs)
-            self._step.states[metric] = _values(metric, scope)
+            for variable, (copy, _) in zip(metric.variables, self._copies[metric], strict=True):
+                copy.assign(scope.get_current_value(variable))
         return outcome
 
     def _result(self, metric: keras.Metric, result: Callable) -> Any:
-        if metric not in getattr(self._step, "states", {}):
+        if not hasattr(self._step, "updated") or self._step.copying or metric not in self._step.updated.values():
             return result()
         self._step.asked.add(metric)
-        with self._batch_state(metric):
+        with self._on_copies(metric):
             return result()
 
-    def _batch_state(self, metric: keras.Metric) -> keras.StatelessScope:
-        return keras.StatelessScope(list(zip(metric.variables, self._step.states[metric], strict=True)))
+    @contextlib.contextmanager
+    def _on_copies(self, metric: keras.Metric) -> Iterator[keras.StatelessScope]:
+        """Within it, the metric's variables stand for their copies; a metric inside of it is a part of it."""
+        copies = [tf.convert_to_tensor(copy) for copy, _ in self._copies[metric]]
+        self._step.copying = True
+        try:
+            with keras.StatelessScope(list(zip(metric.variables, copies, strict=True))) as scope:
+                yield scope
+        finally:
+            self._step.copying = False
 
 
 class Means:
@@ -105,15 +127,29 @@ class Means:
             self._sums[name] = total
 
     def result(self) -> dict[str, float]:
-        """The means so far."""
+        """The means so far.
+
+        Raises:
+            ValueError: No batch had an example.
+        """
+        if not self._weight:
+            raise ValueError("The data has batches, but no example. Pass at least one.")
         return {name: total / self._weight for name, total in self._sums.items()}
 
 
-def named_result(metric: keras.Metric, result: Any) -> dict[str, Any]:
+def named_result(metric: keras.Metric) -> dict[str, Any]:
     """A metric's result as scalars by name: most give one, some a dict."""
+    result = metric.result()
     return dict(result) if isinstance(result, dict) else {metric.name: result}
 
 
-def _values(metric: keras.Metric, scope: keras.StatelessScope) -> list[tf.Tensor]:
-    values = [scope.get_current_value(variable) for variable in metric.variables]
-    return [v.value if value is None else value for v, value in zip(metric.variables, values, strict=True)]
+def _fresh_copies(metric: keras.Metric) -> list[tuple[tf.Variable, np.ndarray]]:
+    """A variable for each of the metric's, of its value after a reset, and that value."""
+    with tf.init_scope():
+        with keras.StatelessScope() as scope:
+            metric.reset_state()
+        values = [scope.get_current_value(variable) for variable in metric.variables]
+        values = [v.value if value is None else value for v, value in zip(metric.variables, values, strict=True)]
+        fresh = [np.array(tf.convert_to_tensor(value)) for value in values]
+        on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
+        return [(tf.Variable(value, trainable=False, **on_read), value) for value in fresh]

@@ -90,6 +90,12 @@ def run(
     folder = Path(log_dir) if log_dir is not None else _new_folder(Path("logs") / recipe.__name__)
     _check_files(folder, weights)
     keras.utils.set_random_seed(seed)
+    try:
+        inspect.signature(recipe).bind(seed=seed, log_dir=folder, **options)
+    except TypeError as error:
+        raise UsageError(
+            f"recipe `{recipe.__name__}`: {error}. It takes its own arguments, and **options for the Trainer."
+        ) from error
     began = time.time()
     ready = recipe(seed=seed, log_dir=folder, **options)
     trainer = ready.trainer
@@ -147,6 +153,9 @@ def _check_files(folder: Path, weights: str | None) -> None:
         checks.no_other_run(folder)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"`log_dir` {folder} cannot be made: {existing} is no folder, or not writable.")
     if weights is not None and not (Path(weights).is_file() and str(weights).endswith(".weights.h5")):
         raise UsageError(f"`weights` must be a file whose name ends in .weights.h5; {weights} is none.")
 
@@ -283,13 +292,15 @@ def _defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
 def _environment(recipe: Callable[..., Recipe]) -> dict[str, Any]:
     """What else decides a run's bits: versions, code, devices, threads."""
     folder = Path(inspect.getfile(recipe)).parent
-    git = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
-    )
+    try:
+        command = ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        revision = None
     versions = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__}
     return {
         "versions": versions | {"numpy": np.__version__},
-        "git_revision": git.stdout.strip() or None,
+        "git_revision": revision,
         "devices": [device.name for device in tf.config.list_physical_devices()],
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import random
@@ -16,7 +17,7 @@ import tensorflow as tf
 
 from looplab import checks
 from looplab.loop import StepLogs
-from looplab.losses import Ledger
+from looplab.losses import Ledger, listening
 from looplab.metrics import BatchMetrics
 from looplab.tracking import Tracked
 
@@ -43,14 +44,16 @@ class Steps(Tracked):
             self._compiled.output_names = model.output_names
         self._compiled.compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
         self.optimizer = self._compiled.optimizer
-        self.loss = loss
-        self.loss_weights = loss_weights
+        self._loss = loss
+        self._loss_weights = loss_weights
         self.seed = random.randint(1, 10**9) if seed is None else seed
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         self.strategy = tf.distribute.get_strategy()
         self._found: list[tf.Variable] = []  # what a step was seen to train, and no attribute leads to
-        self._ledger = Ledger()
+        self._minimized: list[_Minimized] = []
         self._batch_metrics = BatchMetrics()
+        self._updated: dict[str, dict[str, keras.Metric]] = {"train": {}, "test": {}}  # metrics, by kind of step
+        self._image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}}
         self._now = _Now()
 
     def train_step(self, batch: Any) -> dict[str, Any]:
@@ -96,14 +99,14 @@ class Steps(Tracked):
         Each part is written as `batch_loss/<part>`: the loss function's name, the path of each layer that called
         `add_loss` (with `_2` for its second call in this step), and `regularization`.
         """
-        losses = self._ledger.take(self.trainable_variables)
-        if self.loss is not None:
-            checks.targets(y, self.loss)
+        losses = self._now.ledger.take(self.trainable_variables)
+        if self._loss is not None:
+            checks.targets(y, self._loss)
             # Keras divides a loss by the number of replicas, `minimize` does here: for losses of every origin.
             total = self._compiled.compute_loss(x, y, y_pred, sample_weight) * self.strategy.num_replicas_in_sync
             for name, value in self._target_losses(total).items():
-                self._ledger.add(name, value)
-            self._ledger.take(())
+                self._now.ledger.add(name, value)
+            self._now.ledger.take(())
             losses.insert(0, total)
         if not losses:
             raise ValueError(
@@ -148,42 +151,43 @@ class Steps(Tracked):
         gradients = tape.gradient(loss, variables, output_gradients=scale)
         checks.gradients(gradients, variables)
         optimizer.apply(gradients, variables)
+        self._minimized = [known for known in self._minimized if known.optimizer is not optimizer]
+        self._minimized.append(_Minimized(optimizer, variables))
         return gradients
 
     @property
     def losses(self) -> list[tf.Tensor]:
         """Within a step: all that model calls of this step added with `add_loss`, and the weights' regularizers."""
-        return list(self._ledger.parts(self.trainable_variables).values())
+        return list(self._now.ledger.parts(self.trainable_variables).values())
 
     # Within.
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
         """Within it, steps can run or be traced: added losses and metrics' updates are seen."""
-        with self._ledger.listening(), self._batch_metrics.watching(self.metrics):
+        with listening(), self._batch_metrics.watching(self.metrics):
             yield
 
     def _run_step(self, kind: str, step: Callable[[Any], Any], batch: Any, number: tf.Tensor) -> StepLogs:
         """Runs a step of the user's on one replica, and gathers all that it tells."""
         now = self._now
-        now.scalars, now.images = {}, {}
-        self._ledger.begin(self.trainable_variables)
-        self._batch_metrics.begin()
-        try:
-            rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
-            logs = checks.step_logs(f"{kind}_step", step(batch))
-            parts = {f"{LOSS_PART}{name}": part for name, part in self._ledger.end().items()}
-            told: dict[str, tf.Tensor] = {}
-            for source in (logs, now.scalars, self._batch_metrics.unasked(), parts):
-                for name, value in source.items():
-                    if name in told:
-                        raise ValueError(f"`{kind}_step` told two values named '{name}'. Give one another name.")
-                    told[name] = value
-            return StepLogs({**rates, **told} if kind == "train" else told, now.images)
-        finally:
-            now.scalars = now.images = None
-            self._ledger.end()
-            self._batch_metrics.end()
+        rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
+        with now.open(self._image_every[kind]), now.ledger.open(self.trainable_variables):
+            with self._batch_metrics.open(self._updated[kind]):
+                logs = checks.step_logs(f"{kind}_step", step(batch))
+                parts = {f"{LOSS_PART}{name}": part for name, part in now.ledger.all().items()}
+                told: dict[str, tf.Tensor] = {}
+                for source in (logs, now.scalars, self._batch_metrics.unasked(), parts):
+                    for name, value in source.items():
+                        if name in told:
+                            raise ValueError(f"`{kind}_step` told two values named '{name}'. Give one another name.")
+                        told[name] = value
+                return StepLogs({**rates, **told}, now.images)
+
+    def _predict(self, batch: Any) -> Any:
+        """Runs the prediction step on one replica; what it logs is forgotten."""
+        with self._now.open({}):
+            return self.predict_step(batch)
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:
         """The trainer's `optimizer` under `learning_rate`, any other under `learning_rate/<path>`."""
@@ -196,9 +200,9 @@ class Steps(Tracked):
         """The parts of the loss of the targets, by name: several outputs have one each, times its weight."""
         by_output = self._output_losses()
         if not by_output:
-            loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "name", None)
-            return {loss or getattr(self.loss, "__name__", None) or "targets": total}
-        weights = self.loss_weights
+            loss = self._loss if isinstance(self._loss, str) else getattr(self._loss, "name", None)
+            return {loss or getattr(self._loss, "__name__", None) or "targets": total}
+        weights = self._loss_weights
         if isinstance(weights, dict):
             weights = [weights.get(metric.name.removesuffix("_loss"), 1.0) for metric in by_output]
         return {m.name: m.result() * w for m, w in zip(by_output, weights or [1.0] * len(by_output), strict=True)}
@@ -214,8 +218,29 @@ class Steps(Tracked):
         return self.trainable_variables
 
 
-class _Now(threading.local):
-    """What the step that runs in this thread, which is one replica, has logged by itself; None: no step runs."""
+@dataclasses.dataclass(frozen=True)
+class _Minimized:
+    """An optimizer, and the variables that steps apply it to."""
 
-    scalars: dict[str, tf.Tensor] | None = None
-    images: dict[str, tf.Tensor] | None = None
+    optimizer: keras.Optimizer
+    variables: list[Any]
+
+
+class _Now(threading.local):
+    """The step that runs in this thread, which is one replica: its ledger, and what it has logged by itself."""
+
+    def __init__(self) -> None:
+        self.running = False
+        self.ledger = Ledger()
+        self.scalars: dict[str, tf.Tensor] = {}
+        self.images: dict[str, tf.Tensor] = {}
+        self.image_every: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def open(self, image_every: dict[str, int]) -> Iterator[None]:
+        """Within it runs a step; of the images that it logs, `image_every` is told how often each is due."""
+        self.running, self.scalars, self.images, self.image_every = True, {}, {}, image_every
+        try:
+            yield
+        finally:
+            self.running = False

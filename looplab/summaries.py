@@ -76,7 +76,9 @@ class _Writer:
             self._template = Event(summary=Summary(value=[_scalar(tag) for tag in tags]))
         file, event, values = self._open(), self._template, [value.tensor for value in self._template.summary.value]
         times = np.linspace(began, time.time(), len(rows) + 1)[1:]
-        for index, (moment, row) in enumerate(zip(times.tolist(), rows.astype(np.float32), strict=True)):
+        with np.errstate(over="ignore"):  # beyond float32 a point is infinite, as in `tf.summary`
+            rows = rows.astype(np.float32)
+        for index, (moment, row) in enumerate(zip(times.tolist(), rows, strict=True)):
             event.step, event.wall_time = first + index, moment
             for tensor, value in zip(values, row.tolist(), strict=True):
                 tensor.float_val[0] = value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,40 +48,51 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
                 for index, layer in enumerate(value._flatten_layers()):
                     yield from unseen_by_keras(f"{path}/{index}", layer, layer)
             return
-        for name, inner in _members(value).items():
+        for name, inner in _members(value):
             yield from visit(f"{path}/{name}", inner)
 
     def unseen_by_keras(path: str, layer: keras.Layer, value: Any) -> Iterator[Held]:
-        members = vars(value) if value is layer else _members(value)
-        for name, inner in members.items():
-            if isinstance(inner, tf.Variable) and id(inner) not in seen:
-                seen.add(id(inner))
-                yield Held(f"{path}/{name}", inner, inner.trainable and layer.trainable)
-            elif isinstance(inner, (dict, list, tuple)) and not name.startswith("_self_"):
+        for name, inner in vars(value).items() if value is layer else _members(value):
+            is_container = isinstance(inner, (dict, list, tuple)) and not name.startswith("_self_")
+            if id(inner) in seen or not (is_container or isinstance(inner, tf.Variable)):
+                continue
+            seen.add(id(inner))
+            if is_container:
                 yield from unseen_by_keras(f"{path}/{name}", layer, inner)
+            else:
+                yield Held(f"{path}/{name}", inner, inner.trainable and layer.trainable)
 
     for name, value in attributes.items():
         yield from visit(name, value)
 
 
-def _members(value: Any) -> dict[str, Any]:
-    """What a container, module or function holds, by name; nothing for anything else."""
+def _members(value: Any) -> list[tuple[str, Any]]:
+    """What a container, module, function or callable object holds, by name; nothing for anything else."""
     if isinstance(value, dict):
-        return {str(key): inner for key, inner in value.items()}
+        return [(str(key), inner) for key, inner in value.items()]
     if isinstance(value, (list, tuple)):
-        return {str(index): inner for index, inner in enumerate(value)}
+        return [(str(index), inner) for index, inner in enumerate(value)]
     if isinstance(value, tf.Module):
-        return {name: inner for name, inner in vars(value).items() if not name.startswith("_tf_")}
+        return [(name, inner) for name, inner in vars(value).items() if not name.startswith("_tf_")]
     if isinstance(value, functools.partial):
-        return {"func": value.func, **_members(value.args), **value.keywords}
+        return [("function", value.func), *_members(value.args), *_members(value.keywords)]
     if isinstance(value, tf.types.experimental.PolymorphicFunction):
-        return _members(value.python_function)
+        return [("function", value.python_function)]
     if inspect.ismethod(value):
-        return {"self": value.__self__}
+        return [*_attributes(value.__self__), ("function", value.__func__)]
     if inspect.isfunction(value):
-        names = inspect.getclosurevars(value)
-        return {**names.nonlocals, **names.globals}
-    return {}
+        # By the instructions, because a function's `co_names` has the names of attributes too.
+        names = {i.argval for i in dis.get_instructions(value) if i.opname == "LOAD_GLOBAL"}
+        used = {name: value.__globals__[name] for name in sorted(names & value.__globals__.keys())}
+        return [*inspect.getclosurevars(value).nonlocals.items(), *used.items()]
+    return _attributes(value) if callable(value) else []
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """The attributes of an object of a user's class."""
+    if isinstance(value, (type, types.ModuleType, Tracked)) or not hasattr(value, "__dict__"):
+        return []
+    return list(vars(value).items())
 
 
 class Tracked:
@@ -129,6 +142,15 @@ class Tracked:
         """
         self._saveable("save").save_weights(filepath, overwrite=overwrite)
 
+    def save(self, filepath: str | Path, overwrite: bool = True) -> None:
+        """Writes the one Keras model that has all weights to a `.keras` file, as the model itself does."""
+        model = self._saveable("save")
+        if isinstance(model, _Holder):
+            raise ValueError(
+                "`save` is for a trainer of one Keras model: `save_weights` saves all that this one holds."
+            )
+        model.save(filepath, overwrite=overwrite)
+
     def load_weights(self, filepath: str | Path) -> None:
         """Assigns the weights that `save_weights` wrote, of the same models, which must be built."""
         self._saveable("load").load_weights(filepath)
@@ -167,7 +189,7 @@ class _Holder(keras.Model):
         super().__init__(name="trainer")
         self._free: dict[str, Any] = {}
         for held in holders:
-            name = held.path.replace("/", ".")
+            name = "held." + held.path.replace("/", ".")  # apart from what a Keras model itself has
             if isinstance(held.thing, keras.Layer):
                 setattr(self, name, held.thing)
             else:

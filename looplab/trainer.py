@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from looplab import checks, data
@@ -78,7 +77,6 @@ class Trainer(Steps):
         self.steps = 0
         self.epochs = 0
         self._test_steps = 0
-        self._image_every: dict[str, int] = {}
         self._traced: list[_Traced] = []
         self._events = RunWriter(self.log_dir)
 
@@ -106,8 +104,10 @@ class Trainer(Steps):
         """Trains; the arguments are those of `keras.Model.fit`.
 
         Args:
-            x: Arrays (with `y`, `sample_weight`), a `tf.data.Dataset` of batches, or a function of the epoch (from 0)
-                that returns one. Arrays are shuffled anew each epoch, by the trainer's seed and the epoch alone.
+            x: Arrays (with `y`, `sample_weight`), a `tf.data.Dataset` of batches, or a function of the epoch that
+                returns one. The epoch counts from 0 since the trainer was made. Arrays are shuffled anew each epoch,
+                by the trainer's seed and the epoch alone.
+            steps_per_epoch: The data then goes on in the next epoch where it stopped, and begins again at its end.
             callbacks: Keras callbacks, which see this batch's values as the logs of a batch. With
                 `steps_per_execution="auto"`, one that acts on training batches makes each graph call one step; with a
                 number, its hooks are called for each step after the call.
@@ -118,6 +118,7 @@ class Trainer(Steps):
         """
         checks.positive(epochs=epochs, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
         checks.positive(validation_steps=validation_steps, validation_batch_size=validation_batch_size)
+        checks.positive(validation_freq=validation_freq if isinstance(validation_freq, int) else None)
         given = list(callbacks or [])
         checks.callbacks(given)
         if validation_split and validation_data is None:
@@ -125,7 +126,10 @@ class Trainer(Steps):
                 raise ValueError("`validation_split` splits arrays; of a data set, pass a part as `validation_data`.")
             arrays, validation_data = data.split(data.to_arrays("x", x, y, sample_weight), validation_split)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(arrays)
-        train = self._batches("x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch)
+        self.epochs = max(self.epochs, initial_epoch)
+        train = self._batches(
+            "x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch, training_from=self.epochs
+        )
         validation = None
         if validation_data is not None:
             val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
@@ -141,7 +145,6 @@ class Trainer(Steps):
             given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
         )
         self.stop_training = False
-        self.epochs = max(self.epochs, initial_epoch)
         iterator = None
         logs: dict[str, float] = {}
         try:
@@ -151,6 +154,7 @@ class Trainer(Steps):
                 callback_list.on_epoch_begin(epoch)
                 if iterator is None or not train.continues:
                     iterator = iter(train.start(self.epochs))
+                    loop = self._prepared("train", iterator.element_spec, self.run_eagerly)
                 logs = self._run("train", loop, iterator, train.steps, callback_list, "train")
                 self.epochs += 1
                 self._events.scalars("train", self.epochs, _epoch_tags(logs))
@@ -161,6 +165,8 @@ class Trainer(Steps):
                 callback_list.on_epoch_end(epoch, logs)
                 if self.stop_training:
                     break
+            for known in self._minimized:  # as Keras does: of an optimizer with `use_ema`, the averages are the weights
+                known.optimizer.finalize_variable_values(known.variables)
             callback_list.on_train_end(logs)
         finally:
             self._events.close()
@@ -204,13 +210,7 @@ class Trainer(Steps):
         bar = [ProgressBar()] if verbose else []
         callback_list = keras.callbacks.CallbackList([*(callbacks or []), *bar], model=self, steps=batches.steps)
 
-        def one_batch(batch):
-            return self.strategy.run(self.predict_step, (batch,))
-
-        step: Any = one_batch
-        if not self.run_eagerly:
-            step = tf.function(one_batch, jit_compile=self.jit_compile or None)
-            step.get_concrete_function(batches.element_spec)  # makes variables, before their values are kept
+        step = self._predictor(batches.element_spec)
         outputs: list[Any] = []
         iterator = iter(batches.start(0))
         with self._undisturbed():
@@ -223,7 +223,9 @@ class Trainer(Steps):
                 outputs.append(tf.nest.map_structure(self._gathered, step(batch.get_value())))
                 callback_list.on_predict_batch_end(len(outputs) - 1, {"outputs": outputs[-1]})
             callback_list.on_predict_end()
-        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
+        if not outputs:
+            raise ValueError("`x` has no batch: it ended at once. Pass at least one.")
+        return tf.nest.map_structure(_joined, *outputs)
 
     def build(self, x: Any, y: Any = None, sample_weight: Any = None) -> None:
         """Makes all variables of models, metrics and optimizers, from the data's signature: nothing is run.
@@ -234,7 +236,7 @@ class Trainer(Steps):
 
     def log(self, name: str, value: Any) -> None:
         """Adds a scalar to those of the running step, or, outside of a step, to TensorBoard at the current epoch."""
-        if self._now.scalars is not None:
+        if self._now.running:
             self._now.scalars[name] = checks.scalar("`log` got", name, value)
         else:
             self._events.scalars("train", self.epochs, {name: float(value)})
@@ -248,10 +250,11 @@ class Trainer(Steps):
             every: In a step: it is written at the steps 1, 1 + every, 1 + 2·every, …
             max_outputs: How many of the n are written at most.
         """
+        checks.positive(every=every, max_outputs=max_outputs)
         images = checks.images(name, images)[:max_outputs]
-        if self._now.images is not None:
+        if self._now.running:
             self._now.images[name] = images
-            self._image_every[name] = every
+            self._now.image_every[name] = every
         else:
             files = [tf.io.encode_png(image).numpy() for image in images]
             self._events.images("train", self.epochs, {name: files})
@@ -259,7 +262,16 @@ class Trainer(Steps):
     # Within.
 
     def _batches(
-        self, name, x, y=None, sample_weight=None, batch_size=None, shuffle=False, class_weight=None, steps=None
+        self,
+        name,
+        x,
+        y=None,
+        sample_weight=None,
+        batch_size=None,
+        shuffle=False,
+        class_weight=None,
+        steps=None,
+        training_from=None,
     ):
         return data.from_arguments(
             name,
@@ -271,24 +283,47 @@ class Trainer(Steps):
             seed=self.seed,
             class_weight=class_weight,
             steps=steps,
+            training_from=training_from,
             strategy=self.strategy,
         )
 
     def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
         """The loop of a kind of step, "train" or "test", for data of this signature; all variables are made then."""
+
+        def make() -> Loop:
+            step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
+            metrics = None
+            while metrics != self.metrics:  # those that a trace makes are seen by the next alone
+                metrics = self.metrics
+                with self._recording():
+                    loop = Loop(step, element_spec, self._image_every[kind], self.strategy, self.jit_compile, eagerly)
+            return loop
+
+        return self._traced_once((kind, self.jit_compile, eagerly), element_spec, make)
+
+    def _predictor(self, element_spec: Any) -> Callable[[Any], Any]:
+        """The prediction step for data of this signature, traced, so that all variables are made."""
+
+        def one_batch(batch):
+            return self.strategy.run(self._predict, (batch,))
+
+        def make() -> Callable[[Any], Any]:
+            if self.run_eagerly:
+                return one_batch
+            return tf.function(one_batch, jit_compile=self.jit_compile or None).get_concrete_function(element_spec)
+
+        return self._traced_once(("predict", self.jit_compile, self.run_eagerly), element_spec, make)
+
+    def _traced_once(self, key: Any, element_spec: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns: made anew for another key or signature, or when what it holds fast was exchanged."""
         trained = [*map(id, self._trained())]
         self._traced = [known for known in self._traced if [*map(id, known.trained)] == trained]
         for known in self._traced:
-            if (known.kind, known.loop.element_spec, known.loop.eager) == (kind, element_spec, eagerly):
-                return known.loop
-        step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
-        metrics = None
-        while metrics != self.metrics:  # those that a trace makes are seen by the next alone
-            metrics = self.metrics
-            with self._recording():
-                loop = Loop(step, element_spec, self._image_every, self.strategy, self.jit_compile, eagerly)
-        self._traced.append(_Traced(kind, loop, self._trained()))
-        return loop
+            if known.key == key and known.element_spec == element_spec:
+                return known.call
+        call = make()
+        self._traced.append(_Traced(key, element_spec, call, self._trained()))
+        return call
 
     def _trained(self) -> list[Any]:
         """What a trace holds fast, and a user may exchange between two calls of `fit`."""
@@ -305,7 +340,7 @@ class Trainer(Steps):
             if asked == 1:
                 for hook in hooks:
                     getattr(hook, f"on_{kind}_batch_begin")(done)
-            with self._recording():
+            with self._recording() if loop.eager else contextlib.nullcontext():
                 logs = loop(iterator, asked, 1 + (self.steps if kind == "train" else done))
             pace.took(logs.done, time.time() - began)
             means.add(logs.weights, logs.scalars)
@@ -316,17 +351,22 @@ class Trainer(Steps):
                 self._replay(kind, hooks, logs, done - logs.done, begin=asked > 1)
             if logs.done < asked:
                 break
-        if not done and not self.stop_training:
+        stopped = kind == "train" and self.stop_training
+        if not done and not stopped:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
-        if steps is not None and done < steps and not self.stop_training:
+        if steps is not None and done < steps and not stopped:
             warnings.warn(f"The data ended after {done} of {steps} batches.", stacklevel=3)
         tracked: dict[str, Any] = {}
         unweighed = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
-        for metric in self.metrics:
-            if id(metric) in self._batch_metrics.counted and metric not in unweighed:
-                tracked |= named_result(metric, metric.result())
+        for metric in self._updated[kind].values():
+            if metric not in unweighed:
+                tracked |= named_result(metric)
         logged = {name: mean for name, mean in means.result().items() if not name.startswith(LEARNING_RATE)}
-        return {name: float(tracked.get(name, mean)) for name, mean in logged.items()}
+        results = {name: float(tracked.get(name, mean)) for name, mean in logged.items()}
+        keras_mean = self._compiled.metrics[0]
+        if "loss" in results and keras_mean not in self._updated[kind].values():
+            keras_mean.update_state(results["loss"])  # for callbacks that look it up among the metrics
+        return results
 
     def _write(self, kind: str, folder: str, logs: CallLogs, began: float) -> None:
         """Writes what a graph call told; validation has a step count of its own, which goes on rising."""
@@ -378,18 +418,25 @@ class Trainer(Steps):
         for metric in self.metrics:
             metric.reset_state()
 
-    def _gathered(self, value: Any) -> np.ndarray:
+    def _gathered(self, value: Any) -> Any:
         """All replicas' rows, in order."""
-        return np.concatenate([part.numpy() for part in self.strategy.experimental_local_results(value)])
+        return _joined(*self.strategy.experimental_local_results(value))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Traced:
-    """A loop, and what its trace holds fast."""
+    """A trace, and what it holds fast."""
 
-    kind: str
-    loop: Loop
+    key: Any
+    element_spec: Any
+    call: Any
     trained: list[Any]
+
+
+def _joined(*parts: Any) -> Any:
+    """The rows of all parts as one array, or as one `tf.RaggedTensor`."""
+    whole = tf.concat(parts, 0)
+    return whole.numpy() if isinstance(whole, tf.Tensor) else whole
 
 
 def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:

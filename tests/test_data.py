@@ -13,6 +13,7 @@ ROWS = np.arange(N, dtype="float32")
 
 
 def batches_of(x, *parts, name="x", **options):
+    options = {"training_from": 0, **options}
     return data.from_arguments(name, x, *parts, **options, strategy=tf.distribute.get_strategy())
 
 
@@ -281,6 +282,13 @@ def test_function_with_steps_begins_each_epoch_anew(steps):
     batches = batches_of(lambda epoch: numbers(100 * epoch), steps=steps)
     firsts = [batch[0] for batch in taken(batches, epoch=2)]
     assert firsts == [200 + 2 * (step % 5) for step in range(steps)]
+
+
+@pytest.mark.parametrize("x", [np.arange(10), numbers(), lambda epoch: numbers()], ids=["arrays", "set", "function"])
+def test_an_evaluation_ends_where_its_data_ends(x):
+    batches = batches_of(x, batch_size=2 if isinstance(x, np.ndarray) else None, steps=7, training_from=None)
+    rows = [row for batch in batches.start(0).take(batches.steps).as_numpy_iterator() for row in batch]
+    assert rows == list(range(10))
 
 
 def test_function_whose_epochs_differ_in_length_is_trained_on_whole(line):

@@ -472,3 +472,203 @@ def test_an_exchanged_optimizer_is_the_one_that_trains(line):
         trainer.optimizer = None
         gc.collect()
         trainer.optimizer = keras.optimizers.SGD(0.01)
+
+
+# Metrics.
+
+
+class Sized(layers.Layer):
+    """Owns a metric, which it updates in a graph function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = keras.metrics.Mean(name="size")
+
+    @tf.function
+    def call(self, x):
+        self.size.update_state(tf.abs(x))
+        return x
+
+
+class Half(keras.metrics.Metric):
+    """Half of the mean of another metric, which it holds."""
+
+    def __init__(self, name="half"):
+        super().__init__(name=name)
+        self.whole = keras.metrics.Mean(name="whole")
+
+    def update_state(self, values):
+        self.whole.update_state(values)
+
+    def result(self):
+        return self.whole.result() / 2
+
+    def reset_state(self):
+        self.whole.reset_state()
+
+
+class Measuring(looplab.Trainer):
+    """Updates metrics in a branch, in a loop, and within another metric."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.branch, self.looped, self.half = keras.metrics.Sum("branch"), keras.metrics.Sum("looped"), Half()
+
+    def train_step(self, batch):
+        logs = super().train_step(batch)
+        if tf.reduce_sum(batch[1]) > 0:
+            self.branch.update_state(1.0)
+        for _ in tf.range(3):
+            self.looped.update_state(1.0)
+        self.half.update_state(batch[1])
+        return logs
+
+
+def test_metrics_in_branches_loops_inner_graphs_and_metrics_tell_batch_and_epoch(line, tmp_path):
+    x, y = line
+    sized, dense = Sized(), layers.Dense(1)
+    trainer = Measuring(lambda x: dense(sized(x)), optimizer="sgd", loss="mse", log_dir=tmp_path / "run")
+    history = trainer.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0).history
+    points = {tag: values for tag, (_, values) in read_scalars(tmp_path / "run" / "train").items()}
+    by_batch = {
+        "batch_branch": [float(y[i : i + 10].sum() > 0) for i in range(0, 100, 10)],
+        "batch_looped": [3.0] * 10,
+        "batch_half": [y[i : i + 10].mean() / 2 for i in range(0, 100, 10)],
+        "batch_size": [np.abs(x[i : i + 10]).mean() for i in range(0, 100, 10)],
+    }
+    for tag, values in by_batch.items():
+        np.testing.assert_allclose(points[tag], values * 2, rtol=1e-4, err_msg=tag)
+    assert history["looped"] == [30.0, 30.0]
+    assert history["half"] == pytest.approx([y.mean() / 2] * 2, rel=1e-4)
+
+
+def test_a_metric_counts_for_the_step_that_updates_it(line):
+    x, y = line
+
+    class Mine(looplab.Trainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.mine = keras.metrics.MeanAbsoluteError(name="mae")
+
+        def train_step(self, batch):
+            return {**super().train_step(batch), "mae": tf.constant(7.0)}
+
+        def test_step(self, batch):
+            self.mine.update_state(batch[1], self(batch[0]))
+            return super().test_step(batch)
+
+    history = Mine(functional(), optimizer="sgd", loss="mse").fit(x, y, epochs=2, verbose=0, validation_data=(x, y))
+    assert history.history["mae"] == [7.0, 7.0]
+    assert all(0 < value < 7 for value in history.history["val_mae"])
+
+
+def test_a_step_written_for_keras_runs_as_it_is(line):
+    """As the guides write it: gradients by hand, and all of `metrics`."""
+    x, y = line
+
+    class Guide(looplab.Trainer):
+        def train_step(self, data):
+            inputs, targets = data
+            with tf.GradientTape() as tape:
+                outputs = self(inputs, training=True)
+                loss = self.compute_loss(y=targets, y_pred=outputs)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            for metric in self.metrics:
+                if metric.name == "loss":
+                    metric.update_state(loss)
+                else:
+                    metric.update_state(targets, outputs)
+            return {metric.name: metric.result() for metric in self.metrics}
+
+    options = {"optimizer": "sgd", "loss": "mse", "metrics": ["mae"]}
+    model = functional()
+    start = model.get_weights()
+    by_guide = Guide(model, seed=3, **options).fit(x, y, batch_size=20, epochs=2, verbose=0).history
+    model.set_weights(start)
+    by_default = looplab.Trainer(model, seed=3, **options).fit(x, y, batch_size=20, epochs=2, verbose=0).history
+    for name in ("loss", "mae"):
+        assert by_guide[name] == pytest.approx(by_default[name], rel=1e-5)
+
+
+def test_the_loss_stands_among_the_metrics_for_callbacks(line):
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append((float(self.model.metrics[0].result()), logs["loss"]))
+
+    looplab.Trainer(functional(), optimizer="sgd", loss="mse").fit(*line, epochs=2, verbose=0, callbacks=[Look()])
+    assert [one for one, _ in seen] == pytest.approx([other for _, other in seen])
+
+
+def test_averaged_weights_are_the_weights_in_the_end(line):
+    x, y = line
+    results = []
+    model = functional()
+    start = model.get_weights()
+    for trains in (lambda optimizer: model, lambda optimizer: looplab.Trainer(model, optimizer=optimizer, loss="mse")):
+        model.set_weights(start)
+        optimizer = keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.9)
+        model.compile(optimizer, "mse")
+        trains(optimizer).fit(x, y, batch_size=20, epochs=2, shuffle=False, verbose=0)
+        results.append(model.get_weights())
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+# What a trainer finds.
+
+
+def test_a_callable_object_is_found_whole(line, tmp_path):
+    x, y = line
+
+    class Net:
+        def __init__(self):
+            self.dense, self.normal = layers.Dense(1), layers.BatchNormalization()
+            self.itself = {"net": self}
+
+        def __call__(self, x, training):
+            return self.normal(self.dense(x), training=training)
+
+    trainer = looplab.Trainer(Net(), optimizer="sgd", loss="mse")
+    trainer.fit(x, y, verbose=0)
+    assert len(trainer.get_weights()) == 6
+    expected = trainer.predict(x)
+    trainer.save_weights(tmp_path / "net.weights.h5")
+    trainer.fit(x, y, verbose=0)
+    trainer.load_weights(tmp_path / "net.weights.h5")
+    np.testing.assert_array_equal(trainer.predict(x), expected)
+
+
+def test_a_full_model_checkpoint_is_the_model(line, tmp_path):
+    model = functional()
+    trainer = looplab.Trainer(model, optimizer="sgd", loss="mse")
+    trainer.fit(*line, verbose=0, callbacks=[keras.callbacks.ModelCheckpoint(tmp_path / "model.keras")])
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(again.predict(line[0], verbose=0), model.predict(line[0], verbose=0))
+
+
+def test_a_function_of_the_epoch_may_change_the_shape_of_its_batches():
+    def sizes(epoch):
+        return tf.data.Dataset.from_tensors(tf.ones((2, 3 + epoch, 3 + epoch, 1)))
+
+    class Sizes(looplab.Trainer):
+        def train_step(self, images):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self(images, training=True) ** 2)
+            self.minimize(tape, loss)
+            return {"pixels": tf.size(images)}
+
+    trainer = Sizes(layers.Conv2D(1, 3), optimizer="sgd")
+    assert trainer.fit(sizes, epochs=3, verbose=0).history["pixels"] == [18, 32, 50]
+
+
+def test_logging_in_a_prediction_is_no_error(line):
+    class Talking(keras.Model):
+        def call(self, x):
+            trainer.log("mean", tf.reduce_mean(x))
+            return x
+
+    trainer = looplab.Trainer(Talking())
+    np.testing.assert_array_equal(trainer.predict(line[0]), line[0])
