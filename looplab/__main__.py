@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from looplab.recipe import main
+from looplab.command import main
 
 
 def _run() -> None:

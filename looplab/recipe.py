@@ -1,11 +1,8 @@
-"""What a recipe is, and the command line that runs one."""
+"""What a recipe is, and how one is run."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import functools
 import inspect
 import json
 import os
@@ -13,19 +10,17 @@ import platform
 import subprocess
 import sys
 import time
-import types
-import typing
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from looplab import checks
-from looplab.datasets import Arrays, Data, DataError
+from looplab.datasets import Arrays, Data
 from looplab.trainer import Trainer
 
 
@@ -103,7 +98,7 @@ def run(
         trainer.build(*(ready.train if isinstance(ready.train, tuple) else (ready.train,)))
         trainer.load_weights(weights)
     config = {
-        "recipe": f"{_module_name(recipe)}:{recipe.__name__}",
+        "recipe": f"{module_name(recipe)}:{recipe.__name__}",
         "seed": seed,
         "weights": weights,
         **_defaults(recipe),
@@ -122,31 +117,6 @@ def run(
     return ready
 
 
-def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """The command line of a recipe: its keyword arguments, with types, defaults and docstring lines, are the flags.
-
-    Args:
-        recipe: The recipe function.
-        argv: The arguments, by default those of the process.
-        prog: How usage and errors call the program.
-    """
-    parser = _Parser(
-        prog=prog or f"python -m {_module_name(recipe)}",
-        description=(inspect.getdoc(recipe) or "").partition("\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    groups = _add_recipe_flags(parser, recipe)
-    _add_common_flags(parser)
-    options = vars(parser.parse_args(argv))
-    for name, (group, fields) in groups.items():
-        options[name] = group(**{field: options.pop(field) for field in fields})
-    try:
-        run(recipe, **options)
-    except (UsageError, DataError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
 def _check_files(folder: Path, weights: str | None) -> None:
     """The log folder is free, and the weights are there."""
     try:
@@ -160,120 +130,7 @@ def _check_files(folder: Path, weights: str | None) -> None:
         raise UsageError(f"`weights` must be a file whose name ends in .weights.h5; {weights} is none.")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest flag where one is unknown."""
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
-            self.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
-        return parsed
-
-
-def _add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """What belongs to the run and the trainer, not to one recipe."""
-    flags = parser.add_argument_group("of every recipe")
-    flags.add_argument(
-        "--seed",
-        type=functools.partial(_whole, 0),
-        metavar="N",
-        default=0,
-        help="of the weights, the steps and the order of the data",
-    )
-    flags.add_argument(
-        "--log-dir",
-        help="folder for all that the run leaves (default: logs/<recipe>/<time>)",
-        default=argparse.SUPPRESS,
-    )
-    flags.add_argument("--weights", metavar="FILE", help=".weights.h5 file to start from", default=argparse.SUPPRESS)
-    flags.add_argument(
-        "--verbose", type=_verbose, default="auto", help="0: nothing; 1 or auto: a bar; 2: a line an epoch"
-    )
-    flags.add_argument(
-        "--steps-per-execution", type=_auto_or_positive, default="auto", metavar="N", help="steps in one graph call"
-    )
-    flags.add_argument("--run-eagerly", action="store_true", help="step through Python, to debug")
-    flags.add_argument("--jit-compile", action="store_true", help="compile the step with XLA")
-
-
-def _add_recipe_flags(
-    parser: argparse.ArgumentParser, recipe: Callable[..., Recipe]
-) -> dict[str, tuple[type, list[str]]]:
-    """Adds the function's keyword arguments; returns those that are a dataclass, whose fields are the flags."""
-    groups: dict[str, tuple[type, list[str]]] = {}
-    flags = parser.add_argument_group(f"of {recipe.__name__}")
-    for name, kind, default, text in _parameters(recipe):
-        if dataclasses.is_dataclass(default):
-            fields = _parameters(type(default))
-            groups[name] = type(default), [field for field, *_ in fields]
-            for field, field_kind, _, field_text in fields:
-                _add_flag(flags, field, field_kind, getattr(default, field), field_text)
-        else:
-            _add_flag(flags, name, kind, default, text)
-    return groups
-
-
-def _add_flag(flags: Any, name: str, kind: Any, default: Any, text: str) -> None:
-    flag = f"--{name.replace('_', '-')}"
-    text = text.replace("%", "%%") or "(default: %(default)s)"
-    if default is inspect.Parameter.empty:
-        flags.add_argument(flag, type=kind, required=True, metavar=kind.__name__.upper(), help=text)
-        return
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kind = next(inner for inner in typing.get_args(kind) if inner is not type(None))
-    if kind is bool:
-        flags.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-    elif typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        flags.add_argument(flag, type=type(choices[0]), choices=choices, default=default, help=text)
-    elif kind is int and name in ("epochs", "batch_size", "limit"):
-        flags.add_argument(flag, type=functools.partial(_whole, 1), default=default, metavar="N", help=text)
-    else:
-        flags.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
-
-
-def _parameters(function: Callable) -> list[tuple[str, Any, Any, str]]:
-    """(name, type, default, docstring line) of each keyword argument."""
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    lines = _argument_lines(inspect.getdoc(function) or "")
-    return [
-        (name, hints.get(name, type(parameter.default)), parameter.default, lines.get(name, ""))
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-
-
-def _argument_lines(doc: str) -> dict[str, str]:
-    """The lines of a docstring's `Args:`, by argument."""
-    lines: dict[str, str] = {}
-    name = ""
-    for line in doc.partition("Args:\n")[2].splitlines():
-        if not line.startswith("    "):
-            break
-        if not line.startswith("     "):
-            name, _, line = line.strip().partition(":")
-        lines[name] = f"{lines.get(name, '')} {line.strip()}".strip()
-    return lines
-
-
-def _whole(minimum: int, text: str) -> int:
-    if not text.lstrip("+-").isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}; {text} came")
-    return int(text)
-
-
-def _auto_or_positive(text: str) -> int | str:
-    return text if text == "auto" else _whole(1, text)
-
-
-def _verbose(text: str) -> int | str:
-    if text not in ("auto", "0", "1", "2"):
-        raise argparse.ArgumentTypeError(f"must be auto, 0, 1 or 2; {text} came")
-    return text if text == "auto" else int(text)
-
-
-def _module_name(recipe: Callable) -> str:
+def module_name(recipe: Callable) -> str:
     """The module as one would run it: under `python -m` it calls itself `__main__`."""
     spec = getattr(sys.modules.get(recipe.__module__), "__spec__", None)
     return spec.name if spec else recipe.__module__
@@ -286,7 +143,9 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
-    return {name: default for name, _, default, _ in _parameters(recipe)}
+    """What the recipe's own arguments are where none is given."""
+    parameters = inspect.signature(recipe).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _environment(recipe: Callable[..., Recipe]) -> dict[str, Any]:

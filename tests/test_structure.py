@@ -12,8 +12,9 @@ ALLOWED = {
     "steps": {"checks", "loop", "losses", "metrics", "tracking"},
     "trainer": ALONE - {"datasets", "losses"} | {"steps"},
     "recipe": {"trainer", "datasets", "checks"},
+    "command": {"recipe", "datasets"},
     "testing": set(),
-    "__main__": {"recipe"},
+    "__main__": {"command"},
     "_quiet": set(),
 }
 
