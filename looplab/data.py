@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-_BUFFER = 4  # batches that are made ready while the graph computes: more has shown no gain
+_BUFFER = 4  # batches that are made ready while the graph computes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,9 +126,9 @@ class Trainer(Steps):
                 raise ValueError("`validation_split` splits arrays; of a data set, pass a part as `validation_data`.")
             arrays, validation_data = data.split(data.to_arrays("x", x, y, sample_weight), validation_split)
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(arrays)
-        self.epochs = max(self.epochs, initial_epoch)
+        first = max(self.epochs, initial_epoch)
         train = self._batches(
-            "x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch, training_from=self.epochs
+            "x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch, training_from=first
         )
         validation = None
         if validation_data is not None:
@@ -144,7 +144,7 @@ class Trainer(Steps):
         callback_list = keras.callbacks.CallbackList(
             given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
         )
-        self.stop_training = False
+        self.epochs, self.stop_training = first, False
         iterator = None
         logs: dict[str, float] = {}
         try:
@@ -334,7 +334,7 @@ class Trainer(Steps):
         hooks = hooked_to_batches(callbacks.callbacks, kind)
         pace = Pace(self._pace(hooks))
         means, done = Means(), 0
-        while (steps is None or done < steps) and not (kind == "train" and self.stop_training):
+        while steps is None or done < steps:
             asked = pace.next(None if steps is None else steps - done)
             began = time.time()
             if asked == 1:
@@ -349,13 +349,12 @@ class Trainer(Steps):
             done += logs.done
             if hooks:
                 self._replay(kind, hooks, logs, done - logs.done, begin=asked > 1)
-            if logs.done < asked:
+            if logs.done < asked and steps is not None:
+                warnings.warn(f"The data ended after {done} of {steps} batches.", stacklevel=3)
+            if logs.done < asked or (kind == "train" and self.stop_training):
                 break
-        stopped = kind == "train" and self.stop_training
-        if not done and not stopped:
+        if not done:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
-        if steps is not None and done < steps and not stopped:
-            warnings.warn(f"The data ended after {done} of {steps} batches.", stacklevel=3)
         tracked: dict[str, Any] = {}
         unweighed = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
         for metric in self._updated[kind].values():

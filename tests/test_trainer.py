@@ -383,6 +383,14 @@ def test_stop_training_ends_in_mid_epoch(line):
     assert len(history.history["loss"]) == 1
 
 
+def test_stop_training_before_the_first_step_does_one_as_in_keras(line):
+    stop = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: setattr(trainer, "stop_training", True))
+    trainer = looplab.Trainer(functional(), optimizer="sgd", loss="mse")
+    history = trainer.fit(*line, epochs=3, verbose=0, callbacks=[stop]).history
+    assert trainer.steps == 1
+    assert len(history["loss"]) == 1
+
+
 def test_callbacks_that_the_trainer_replaces_are_refused(line):
     trainer = looplab.Trainer(functional(), optimizer="sgd", loss="mse")
     with pytest.raises(ValueError, match="`log_dir`"):
