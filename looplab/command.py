@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from looplab.datasets import DataError
-from looplab.recipe import Recipe, UsageError, module_name, run
+from looplab.recipe import Recipe, UsageError, module_name, predict, run, summarize
 
 
 def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -35,10 +35,25 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
     options = vars(parser.parse_args(argv))
     for name, (group, fields) in groups.items():
         options[name] = group(**{field: options.pop(field) for field in fields})
+    pictures, summary = options.pop("predict", None), options.pop("summary")
+    if pictures and "weights" not in options:
+        parser.error("--predict needs --weights FILE: the model.weights.h5 that a run left")
     try:
-        run(recipe, **options)
+        if summary:
+            summarize(recipe, **_without_run(options, "weights"))
+        elif pictures:
+            predictions = predict(recipe, pictures, **_without_run(options))
+            for picture, (name, probability) in zip(pictures, predictions, strict=True):
+                print(f"{picture}: {name} {probability:.4f}")
+        else:
+            run(recipe, **options)
     except (UsageError, DataError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _without_run(options: dict[str, Any], *more: str) -> dict[str, Any]:
+    """The options without those of a training."""
+    return {name: value for name, value in options.items() if name not in ("log_dir", "plot", "verbose", *more)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,6 +83,21 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
     )
     flags.add_argument("--weights", metavar="FILE", help=".weights.h5 file to start from", default=argparse.SUPPRESS)
+    flags.add_argument(
+        "--precision",
+        choices=("float32", "mixed_bfloat16", "mixed_float16"),
+        default="float32",
+        help="Keras's policy for all layers: the mixed ones compute in 16 bits where processors are made for that",
+    )
+    flags.add_argument("--plot", metavar="FILE", help="PNG file for the curves, too", default=argparse.SUPPRESS)
+    flags.add_argument("--summary", action="store_true", help="print the layers and their output shapes, and exit")
+    flags.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="PICTURE",
+        help="print the class of each PNG or JPEG file, by --weights, and exit",
+        default=argparse.SUPPRESS,
+    )
     flags.add_argument(
         "--verbose", type=_verbose, default="auto", help="0: nothing; 1 or auto: a bar; 2: a line an epoch"
     )

@@ -8,15 +8,19 @@ import hashlib
 import os
 import socket
 import threading
-import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 
-_HOST = "storage.googleapis.com"  # where Keras has its data sets
+# Where Keras has its data sets: the host that it fetches each from, and the name under which it caches it.
+_KERAS = {
+    "mnist": ("storage.googleapis.com", "mnist.npz"),
+    "cifar10": ("www.cs.toronto.edu", "cifar-10-batches-py-target"),
+}
 _SECONDS = 10.0
 
 
@@ -28,19 +32,32 @@ class Arrays(NamedTuple):
     """A data set in memory."""
 
     x_train: np.ndarray
-    """uint8 images, shape (n, height, width)."""
+    """uint8 images, shape (n, height, width) or (n, height, width, channels)."""
     y_train: np.ndarray
     """uint8 labels, shape (n,)."""
+    x_validation: np.ndarray
+    """The last of the training images, held out; without `validation_split`, those of the test."""
+    y_validation: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
+    classes: tuple[str, ...]
+    """What the labels 0, 1, … mean."""
     name: str
-    """"mnist" or "digits": which it is in the end."""
+    """"mnist", "cifar10" or "digits": which it is in the end."""
     source: str
     """The file, or where else it came from."""
     sha256: str
-    """Of the bytes of all four arrays."""
+    """Of the bytes of all that it has."""
     fallback: str | None
     """Why it is not the data set that was asked for, in one line."""
+
+
+_DIGITS = tuple("0123456789")
+_CLASSES = {
+    "mnist": _DIGITS,
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "digits": _DIGITS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,46 +65,104 @@ class Data:
     """Which data set a recipe learns from.
 
     Args:
-        dataset: its name; mnist becomes digits, and says so, where neither a file nor the network has it
+        dataset: its name; mnist and cifar10 become digits, and say so, where neither a file nor the network has them
         data_dir: folder of <dataset>.npz (default: $LOOPLAB_DATA_DIR, else Keras's cache and download)
-        limit: take only the first LIMIT examples of training and of validation
+        limit: take only the first LIMIT examples of training and of test
+        validation_split: hold out this last part of the training examples to validate on (0: validate on the test set)
     """
 
-    dataset: Literal["mnist", "digits"] = "mnist"
+    dataset: Literal["mnist", "cifar10", "digits"] = "mnist"
     data_dir: str | None = None
     limit: int | None = None
+    validation_split: float = 0.0
 
     def __post_init__(self) -> None:
-        known = typing.get_args(typing.get_type_hints(type(self))["dataset"])
-        if self.dataset not in known:
-            raise DataError(f"`dataset` must be one of {', '.join(known)}; {self.dataset!r} came.")
+        if self.dataset not in _CLASSES:
+            raise DataError(f"`dataset` must be one of {', '.join(_CLASSES)}; {self.dataset!r} came.")
         if self.limit is not None and self.limit < 1:
             raise DataError(f"`limit` must be at least 1; {self.limit} came.")
+        if not 0 <= self.validation_split < 1:
+            raise DataError(f"`validation_split` must be from 0 to below 1; {self.validation_split} came.")
 
-    def load(self, image_size: int = 28) -> Arrays:
-        """The arrays; the embedded digits are scaled up to `image_size` pixels squared.
+    def load(self, shape: Sequence[int] = (28, 28)) -> Arrays:
+        """The arrays, each image in the given shape, (height, width) or (height, width, channels).
+
+        Images of another size are scaled, grey ones repeated over the channels, and of coloured ones the brightness
+        is taken where grey is asked for.
 
         Raises:
-            DataError: The folder has no such file, or the file is damaged or holds something else.
+            DataError: The folder has no such file, the file is damaged or holds something else, or
+                `validation_split` leaves nothing.
         """
         folder = self.data_dir or os.environ.get("LOOPLAB_DATA_DIR")
-        if self.dataset == "digits":
-            arrays, source, fallback = _digits(image_size), "embedded", None
+        name, fallback = self.dataset, None
+        if name == "digits":
+            arrays, source = _digits(), "embedded"
         elif folder:
-            path = Path(folder) / f"{self.dataset}.npz"
-            arrays, source, fallback = _read(path), str(path), None
+            path = Path(folder) / f"{name}.npz"
+            arrays, source = _read(path), str(path)
         else:
             try:
-                arrays, source, fallback = _from_keras(self.dataset), "keras", None
+                arrays, source = _from_keras(name), "keras"
             except OSError as error:
-                fallback = f"{self.dataset} cannot be fetched ({error}): learning from 1,797 embedded digits instead"
-                arrays, source = _digits(image_size), "embedded"
-        name = "digits" if source == "embedded" else self.dataset
-        if fallback:
-            print(f"looplab: {fallback}. To use a file: --data-dir FOLDER_OF_{self.dataset.upper()}_NPZ", flush=True)
+                fallback = f"{name} cannot be fetched ({error}): learning from 1,797 embedded digits instead"
+                print(f"looplab: {fallback}. To use a file: --data-dir FOLDER_OF_{name.upper()}_NPZ", flush=True)
+                arrays, source, name = _digits(), "embedded", "digits"
         sha256 = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
         x_train, y_train, x_test, y_test = (array[: self.limit] for array in arrays)
-        return Arrays(x_train, y_train, x_test, y_test, name, source, sha256, fallback)
+        x_train, x_test = to_shape(x_train, shape), to_shape(x_test, shape)
+        x_validation, y_validation = x_test, y_test
+        if self.validation_split:
+            cut = int(len(x_train) * (1 - self.validation_split))
+            if not 0 < cut < len(x_train):
+                raise DataError(
+                    f"`validation_split` {self.validation_split} of {len(x_train)} examples leaves {cut} to train on "
+                    f"and {len(x_train) - cut} to validate on. Both must be at least 1."
+                )
+            x_train, x_validation = x_train[:cut], x_train[cut:]
+            y_train, y_validation = y_train[:cut], y_train[cut:]
+        training, held_out = (x_train, y_train), (x_validation, y_validation)
+        return Arrays(*training, *held_out, x_test, y_test, _CLASSES[name], name, source, sha256, fallback)
+
+
+class Unread(Data):
+    """Stands for a data set of which no example is needed: it has a black image of each kind, and reads nothing."""
+
+    def load(self, shape: Sequence[int] = (28, 28)) -> Arrays:
+        part = np.zeros((1, *shape), np.uint8), np.zeros(1, np.uint8)
+        return Arrays(*part, *part, *part, _CLASSES[self.dataset], self.dataset, "unread", "", None)
+
+
+def read_picture(path: str | Path, shape: Sequence[int]) -> np.ndarray:
+    """A PNG or JPEG file as a uint8 image of the given shape, as `Data.load` makes them.
+
+    Raises:
+        DataError: There is no such file, or it is no picture.
+    """
+    try:
+        picture = tf.io.decode_image(Path(path).read_bytes(), expand_animations=False).numpy()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (tf.errors.InvalidArgumentError, ValueError) as error:
+        raise DataError(f"{path} is no picture that can be read: it must be a PNG or JPEG file.") from error
+    return to_shape(picture[None], shape)[0]
+
+
+def to_shape(images: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """uint8 images (n, height, width[, channels]) in the given (height, width[, channels])."""
+    if images.shape[1:] == tuple(shape):
+        return images
+    images = images if images.ndim == 4 else images[..., None]
+    height, width, channels = (*shape, 1)[:3]
+    if images.shape[-1] in (2, 4):  # the last is how opaque a pixel is
+        images = images[..., :-1]
+    parts = [images[first : first + 1000] for first in range(0, len(images), 1000)]  # floats need four times the room
+    if images.shape[1:3] != (height, width):
+        parts = [tf.image.resize(part, (height, width), antialias=True).numpy() for part in parts]
+    if images.shape[-1] == 3 and channels == 1:
+        parts = [tf.image.rgb_to_grayscale(tf.cast(part, tf.float32)).numpy() for part in parts]
+    whole = np.concatenate([part if part.dtype == np.uint8 else np.uint8(np.rint(part)) for part in parts])
+    return np.broadcast_to(whole, (*whole.shape[:3], channels)).reshape(len(whole), *shape)
 
 
 def _read(path: Path) -> tuple[np.ndarray, ...]:
@@ -117,15 +192,16 @@ def _read(path: Path) -> tuple[np.ndarray, ...]:
 
 def _from_keras(name: str) -> tuple[np.ndarray, ...]:
     """From Keras's cache, or its download; OSError where the network has it not within seconds."""
-    cached = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "datasets" / f"{name}.npz"
+    host, file = _KERAS[name]
+    cached = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "datasets" / file
     if not cached.exists():
-        _connect(_HOST)
+        _connect(host)
     with _socket_timeout(_SECONDS):
         try:
             (x_train, y_train), (x_test, y_test) = getattr(keras.datasets, name).load_data()
         except Exception as error:  # Keras raises a bare Exception where a download fails
             raise OSError(str(error)) from error
-    return x_train, y_train, x_test, y_test
+    return x_train, y_train.reshape(-1), x_test, y_test.reshape(-1)
 
 
 def _connect(host: str) -> None:
@@ -158,15 +234,13 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _digits(size: int) -> tuple[np.ndarray, ...]:
-    """1,500 digits to train on and 297 others, of 0 to 255, smoothly scaled up.
+def _digits() -> tuple[np.ndarray, ...]:
+    """1,500 digits to train on and 297 others, of 0 to 255, 8 pixels squared.
 
     They are the test set of E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
     Learning Repository, 1998, CC BY 4.0, https://doi.org/10.24432/C50P49, as scikit-learn ships it: 8x8 counts of
     0 to 16, in `digits.npz` beside this file.
     """
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
-        images, labels = file["images"], file["labels"]
-    scaled = keras.ops.image.resize(images[..., None] * np.float32(255 / 16), (size, size), interpolation="bilinear")
-    images = np.rint(keras.ops.convert_to_numpy(scaled)[..., 0]).astype(np.uint8)
+        images, labels = np.uint8(np.rint(file["images"] * (255 / 16))), file["labels"]
     return images[:1500], labels[:1500], images[1500:], labels[1500:]

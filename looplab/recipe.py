@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from looplab import checks
-from looplab.datasets import Arrays, Data
+from looplab import checks, report
+from looplab.datasets import Arrays, Data, Unread, read_picture
+from looplab.folder import RunFolder, read_config, write_png
 from looplab.trainer import Trainer
 
 
@@ -45,11 +42,13 @@ class Recipe:
     callbacks: Sequence[keras.callbacks.Callback] = ()
     data: Arrays | None = None
     """Where the data came from, for `config.json`."""
+    predict: Callable[[np.ndarray], np.ndarray] | None = None
+    """For a classifier of the images of `data`: from images as they are there to a probability for each class, shape
+    (n, classes). With it a run ends with a report on the test images, and `--predict` takes pictures."""
 
     def fit(self, verbose: int | str = "auto") -> keras.callbacks.History:
         """Trains it."""
-        parts = self.train if isinstance(self.train, tuple) else (self.train,)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(parts)
+        x, y, sample_weight = self._training_data()
         return self.trainer.fit(
             x,
             y,
@@ -61,13 +60,28 @@ class Recipe:
             validation_data=self.validation,
         )
 
+    def build(self, weights: str | Path | None = None) -> None:
+        """Makes all variables, without training, and reads the weights from a file."""
+        self.trainer.build(*self._training_data())
+        if weights is not None:
+            try:
+                self.trainer.load_weights(weights)
+            except (ValueError, OSError) as error:
+                raise UsageError(f"`weights` {weights} does not fit this recipe's models: {error}") from error
+
+    def _training_data(self) -> tuple[Any, Any, Any]:
+        parts = self.train if isinstance(self.train, tuple) else (self.train,)
+        return keras.utils.unpack_x_y_sample_weight(parts)
+
 
 def run(
     recipe: Callable[..., Recipe],
     *,
     seed: int = 0,
     log_dir: str | Path | None = None,
-    weights: str | None = None,
+    weights: str | Path | None = None,
+    precision: str = "float32",
+    plot: str | Path | None = None,
     verbose: int | str = "auto",
     **options: Any,
 ) -> Recipe:
@@ -76,58 +90,70 @@ def run(
     Args:
         recipe: The recipe function.
         seed: Of everything: the weights, the random numbers of steps, the order of the data.
-        log_dir: Where to leave event files, `config.json`, `history.json`, `timings.json`, `model.weights.h5` and
-            pictures; by default `logs/<recipe>/<time>`.
+        log_dir: Where to leave event files, `config.json`, `history.json`, `timings.json`, `model.weights.h5`, a
+            report and pictures; by default `logs/<recipe>/<time>`.
         weights: A `.weights.h5` file to start from.
+        precision: Keras's policy for all layers: "float32", "mixed_bfloat16", or "mixed_float16", which scales losses.
+        plot: A PNG file for the curves of loss and metrics, beside `curves.png` in `log_dir`.
         verbose: As in `Trainer.fit`.
         options: The recipe function's own, and the `Trainer`'s.
     """
-    folder = Path(log_dir) if log_dir is not None else _new_folder(Path("logs") / recipe.__name__)
-    _check_files(folder, weights)
-    keras.utils.set_random_seed(seed)
-    try:
-        inspect.signature(recipe).bind(seed=seed, log_dir=folder, **options)
-    except TypeError as error:
-        raise UsageError(
-            f"recipe `{recipe.__name__}`: {error}. It takes its own arguments, and **options for the Trainer."
-        ) from error
+    folder = RunFolder(log_dir, recipe.__name__)
+    _check_files(folder.path, weights, plot)
     began = time.time()
-    ready = recipe(seed=seed, log_dir=folder, **options)
-    trainer = ready.trainer
-    if weights is not None:
-        trainer.build(*(ready.train if isinstance(ready.train, tuple) else (ready.train,)))
-        trainer.load_weights(weights)
-    config = {
-        "recipe": f"{module_name(recipe)}:{recipe.__name__}",
-        "seed": seed,
-        "weights": weights,
-        **_defaults(recipe),
-    }
-    config |= {**options, "log_dir": folder, "data_source": _described(ready.data), "environment": _environment(recipe)}
-    _write_json(folder / "config.json", config)
-    history = ready.fit(verbose)
-    seconds = time.time() - began
-    _write_json(folder / "history.json", history.history)
-    _write_json(
-        folder / "timings.json", {"began": datetime.fromtimestamp(began), "seconds": seconds, "steps": trainer.steps}
-    )
-    trainer.save_weights(folder / "model.weights.h5")
-    print(f"looplab: {trainer.steps} steps in {seconds:.0f} s, all in {folder}. To watch them:")
-    print(f"  tensorboard --logdir {folder.parent} --samples_per_plugin scalars=999999999")
+    with _precision(precision):
+        ready = _make(recipe, seed, log_dir=folder.path, **options)
+        if weights is not None:
+            ready.build(weights)
+        config = {**_defaults(recipe), **options, "seed": seed, "precision": precision, "weights": weights}
+        folder.write_config({"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config}, recipe, ready.data)
+        if report.missing():
+            print("looplab: no report and no pictures at the end: pip install 'looplab[report]' adds them.", flush=True)
+        elif ready.predict:
+            _show_samples(ready, folder)
+        history = ready.fit(verbose).history
+        seconds = folder.write_history(history, began, ready.trainer.steps)
+        ready.trainer.save_weights(folder.path / "model.weights.h5")
+        if not report.missing():
+            _report(ready, folder, history, plot)
+    print(f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}. To watch them:")
+    print(f"  tensorboard --logdir {folder.path.parent} --samples_per_plugin scalars=999999999")
     return ready
 
 
-def _check_files(folder: Path, weights: str | None) -> None:
-    """The log folder is free, and the weights are there."""
-    try:
-        checks.no_other_run(folder)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"`log_dir` {folder} cannot be made: {existing} is no folder, or not writable.")
-    if weights is not None and not (Path(weights).is_file() and str(weights).endswith(".weights.h5")):
-        raise UsageError(f"`weights` must be a file whose name ends in .weights.h5; {weights} is none.")
+def predict(
+    recipe: Callable[..., Recipe],
+    pictures: Sequence[str | Path],
+    weights: str | Path,
+    *,
+    precision: str = "float32",
+    **options: Any,
+) -> list[tuple[str, float]]:
+    """The most probable class, and its probability, for each picture file, by the weights of a trained recipe.
+
+    Pictures are PNG or JPEG files of any size, which are scaled to that of the recipe's images.
+    """
+    _check_weights(weights)
+    trained_on = (read_config(Path(weights)).get("data_source") or {}).get("name")
+    with _precision(precision):
+        ready = _make_unread(recipe, **options)
+        if ready.predict is None or ready.data is None:
+            raise UsageError(f"recipe `{recipe.__name__}` tells no classes: there is nothing to predict.")
+        if trained_on not in (None, ready.data.name):
+            raise UsageError(f"`weights` {weights} learned from {trained_on}: pass --dataset {trained_on}.")
+        shape = ready.data.x_train.shape[1:]
+        images = np.stack([read_picture(picture, shape) for picture in pictures])
+        ready.build(weights)
+        probabilities = ready.predict(images)
+    return [(ready.data.classes[row.argmax()], float(row.max())) for row in probabilities]
+
+
+def summarize(recipe: Callable[..., Recipe], *, precision: str = "float32", **options: Any) -> None:
+    """Prints the layers of a recipe's models, with their output shapes and parameters."""
+    with _precision(precision):
+        ready = _make_unread(recipe, **options)
+        ready.build()
+        ready.trainer.summary()
 
 
 def module_name(recipe: Callable) -> str:
@@ -136,10 +162,85 @@ def module_name(recipe: Callable) -> str:
     return spec.name if spec else recipe.__module__
 
 
-def _new_folder(parent: Path) -> Path:
-    name = time.strftime("%Y%m%d-%H%M%S")
-    names = [name, *(f"{name}-{number}" for number in range(2, 100))]
-    return next(parent / name for name in names if not (parent / name).exists())
+def _make(recipe: Callable[..., Recipe], seed: int, **options: Any) -> Recipe:
+    """What the recipe function returns."""
+    keras.utils.set_random_seed(seed)
+    try:
+        inspect.signature(recipe).bind(seed=seed, **options)
+    except TypeError as error:
+        raise UsageError(
+            f"recipe `{recipe.__name__}`: {error}. It takes its own arguments, and **options for the Trainer."
+        ) from error
+    return recipe(seed=seed, **options)
+
+
+def _make_unread(recipe: Callable[..., Recipe], seed: int = 0, **options: Any) -> Recipe:
+    """The recipe without its data, where that is a `Data`, and without a folder."""
+    arguments = {**_defaults(recipe), **options}
+    unread = {name: Unread(value.dataset) for name, value in arguments.items() if isinstance(value, Data)}
+    return _make(recipe, seed, **{**options, **unread, "log_dir": None})
+
+
+@contextlib.contextmanager
+def _precision(policy: str) -> Iterator[None]:
+    """Within it, Keras makes layers with this policy."""
+    known = ("float32", "mixed_bfloat16", "mixed_float16")
+    if policy not in known:
+        raise UsageError(f"`precision` must be one of {', '.join(known)}; {policy!r} came.")
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _show_samples(ready: Recipe, folder: RunFolder) -> None:
+    """Some training images with their labels: whoever looks at them sees what is learned from."""
+    assert ready.data is not None
+    picture = report.draw_samples(ready.data.x_train, ready.data.y_train, ready.data.classes)
+    ready.trainer.log_image("samples", folder.write_picture("samples", picture)[None])
+
+
+def _report(ready: Recipe, folder: RunFolder, history: dict[str, list[float]], plot: str | Path | None) -> None:
+    """What the run came to: curves, and for a classifier how it does on the test images."""
+    curves = folder.write_picture("curves", report.draw_curves(history))
+    if plot is not None:
+        write_png(Path(plot), curves)
+    if ready.predict is not None and ready.data is not None:
+        made = folder.write_report(ready.data.y_test, ready.predict(ready.data.x_test), ready.data.classes)
+        picture = report.draw_confusion(made.confusion, ready.data.classes)
+        ready.trainer.log_image("confusion_matrix", folder.write_picture("confusion_matrix", picture)[None])
+        print(made.text)
+
+
+def _check_files(folder: Path, weights: str | Path | None, plot: str | Path | None) -> None:
+    """The log folder is free, the weights are there, and the curves can be drawn."""
+    try:
+        checks.no_other_run(folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _check_writable("log_dir", folder)
+    if weights is not None:
+        _check_weights(weights)
+    if plot is not None:
+        if report.missing():
+            raise UsageError("`plot` needs matplotlib and scikit-learn: pip install 'looplab[report]'.")
+        if not str(plot).endswith(".png"):
+            raise UsageError(f"`plot` must be a file whose name ends in .png; {plot} came.")
+        _check_writable("plot", Path(plot))
+
+
+def _check_writable(argument: str, path: Path) -> None:
+    """The path, or the nearest folder above it that exists, can be written to."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not (existing.is_dir() or argument == "plot") or not os.access(existing, os.W_OK):
+        raise UsageError(f"`{argument}` {path} cannot be made: {existing} is no folder, or not writable.")
+
+
+def _check_weights(weights: str | Path) -> None:
+    if not (Path(weights).is_file() and str(weights).endswith(".weights.h5")):
+        raise UsageError(f"`weights` must be a file whose name ends in .weights.h5; {weights} is none.")
 
 
 def _defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
@@ -148,39 +249,8 @@ def _defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
-def _environment(recipe: Callable[..., Recipe]) -> dict[str, Any]:
-    """What else decides a run's bits: versions, code, devices, threads."""
-    folder = Path(inspect.getfile(recipe)).parent
-    try:
-        command = ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"]
-        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # no git here
-        revision = None
-    versions = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__}
-    return {
-        "versions": versions | {"numpy": np.__version__},
-        "git_revision": revision,
-        "devices": [device.name for device in tf.config.list_physical_devices()],
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "precision": keras.config.dtype_policy().name,
-    }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Floats are written so that they read back to the same bits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
-
-
-def _described(data: Arrays | None) -> dict[str, Any] | None:
-    if data is None:
-        return None
-    sizes = {"training_examples": len(data.x_train), "test_examples": len(data.x_test)}
-    return {name: getattr(data, name) for name in ("name", "source", "sha256", "fallback")} | sizes
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Data):
-        return dataclasses.asdict(value)
-    return str(value)
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as one level of hyperparameters: what belongs to a group stands for itself."""
+    groups = {name: dataclasses.asdict(value) for name, value in config.items() if dataclasses.is_dataclass(value)}
+    flat = {name: value for name, value in config.items() if name not in groups}
+    return {**flat, **{name: value for group in groups.values() for name, value in group.items()}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import inspect
@@ -144,16 +145,22 @@ class Tracked:
 
     def save(self, filepath: str | Path, overwrite: bool = True) -> None:
         """Writes the one Keras model that has all weights to a `.keras` file, as the model itself does."""
-        model = self._saveable("save")
-        if isinstance(model, _Holder):
-            raise ValueError(
-                "`save` is for a trainer of one Keras model: `save_weights` saves all that this one holds."
-            )
-        model.save(filepath, overwrite=overwrite)
+        self._one_model("save").save(filepath, overwrite=overwrite)
 
     def load_weights(self, filepath: str | Path) -> None:
         """Assigns the weights that `save_weights` wrote, of the same models, which must be built."""
         self._saveable("load").load_weights(filepath)
+
+    def export(self, filepath: str | Path, **options: Any) -> None:
+        """Writes the one Keras model that has all weights as a SavedModel for inference, as `keras.Model.export`."""
+        self._one_model("export").export(filepath, **options)
+
+    def summary(self, **options: Any) -> None:
+        """Prints `keras.Model.summary` of each Keras model: with output shapes of subclassed ones too, once built."""
+        for held in self._walk():
+            if isinstance(held.thing, keras.Model) and held.thing.layers:
+                _tell_output_shapes(held.thing)
+                held.thing.summary(**options)
 
     def _walk(self) -> Iterator[Held]:
         return walk(vars(self))
@@ -172,6 +179,14 @@ class Tracked:
             elif isinstance(held.thing, _VARIABLES) and (held.trainable or not trainable_alone):
                 variables.append(held.thing)
         return _once(variables)
+
+    def _one_model(self, action: str) -> keras.Model:
+        model = self._saveable(action)
+        if isinstance(model, _Holder):
+            raise ValueError(
+                f"`{action}` is for a trainer of one Keras model: `save_weights` saves all that this one holds."
+            )
+        return model
 
     def _saveable(self, action: str) -> keras.Model:
         """The one Keras model that has all weights, or a model that holds all that have some."""
@@ -203,6 +218,18 @@ class _Holder(keras.Model):
     def load_own_variables(self, store):
         for path, variable in self._free.items():
             variable.assign(store[path])
+
+
+def _tell_output_shapes(model: keras.Model) -> None:
+    """Calls a subclassed model's `call` on a symbolic input, from which Keras's summary knows its layers' outputs.
+
+    Where `call` does what only real tensors can, the summary has a "?" instead.
+    """
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    if shapes is None or hasattr(model, "inputs"):  # not built, or not subclassed
+        return
+    with contextlib.suppress(Exception):
+        model.call(keras.tree.map_shape_structure(lambda shape: keras.Input(shape[1:]), shapes))
 
 
 def to_numpy(variable: Any) -> np.ndarray:

@@ -76,7 +76,7 @@ def vae(
         epochs: passes over the training images
         batch_size: images in a step
     """
-    arrays = data.load(image_size=28)
+    arrays = data.load((28, 28))
     train, test = (x.reshape(len(x), -1) / np.float32(255) for x in (arrays.x_train, arrays.x_test))
     model = VAE(train.shape[1], hidden, latent_dim, kl_weight)
     trainer = looplab.Trainer(model, optimizer=keras.optimizers.Adam(learning_rate), loss="mse", **trainer_options)

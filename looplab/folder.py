@@ -1,0 +1,119 @@
+"""The folder of a run: all that a run leaves there beside its event files."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from looplab import report
+from looplab.datasets import Arrays, Data
+
+
+class RunFolder:
+    """Writes what a run was asked for, what it did and how that looks.
+
+    Args:
+        path: The folder; by default a new one, `logs/<name>/<time>`.
+        name: The recipe's.
+    """
+
+    def __init__(self, path: str | Path | None, name: str):
+        self.path = Path(path) if path is not None else _new_folder(Path("logs") / name)
+
+    def write_config(self, config: dict[str, Any], recipe: Callable, data: Arrays | None) -> None:
+        """`config.json`: all arguments, the data, and what else decides a run's bits."""
+        _write_json(
+            self.path / "config.json",
+            {**config, "log_dir": self.path, "data_source": _described(data), "environment": _environment(recipe)},
+        )
+
+    def write_history(self, history: dict[str, list[float]], began: float, steps: int) -> float:
+        """`history.json`, what the training alone decides, and `timings.json`, what the clock does; the seconds."""
+        seconds = time.time() - began
+        _write_json(self.path / "history.json", history)
+        timings = {"began": datetime.fromtimestamp(began), "seconds": seconds, "steps": steps}
+        _write_json(self.path / "timings.json", timings)
+        return seconds
+
+    def write_report(self, labels: np.ndarray, probabilities: np.ndarray, classes: tuple[str, ...]) -> report.Report:
+        """`report.txt` and `report.json`: how well the classes of test images were told."""
+        made = report.classification(labels, probabilities, classes)
+        (self.path / "report.txt").write_text(made.text + "\n")
+        _write_json(self.path / "report.json", made.figures)
+        return made
+
+    def write_picture(self, name: str, picture: np.ndarray) -> np.ndarray:
+        """A uint8 picture as `<name>.png`, and returns it."""
+        write_png(self.path / f"{name}.png", picture)
+        return picture
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Writes uint8 (height, width, channels), and makes the folders that lead there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tf.io.encode_png(picture).numpy())
+
+
+def read_config(beside: Path) -> dict[str, Any]:
+    """The `config.json` in the same folder as this file, or an empty one where there is none."""
+    try:
+        return json.loads((beside.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _new_folder(parent: Path) -> Path:
+    name = time.strftime("%Y%m%d-%H%M%S")
+    names = [name, *(f"{name}-{number}" for number in range(2, 100))]
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def _environment(recipe: Callable) -> dict[str, Any]:
+    """What else decides a run's bits: versions, code, devices, threads."""
+    folder = Path(inspect.getfile(recipe)).parent
+    try:
+        command = ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        revision = None
+    versions = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__}
+    return {
+        "versions": versions | {"numpy": np.__version__},
+        "git_revision": revision,
+        "devices": [device.name for device in tf.config.list_physical_devices()],
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def _described(data: Arrays | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    parts = {"training": data.x_train, "validation": data.x_validation, "test": data.x_test}
+    sizes = {f"{part}_examples": len(images) for part, images in parts.items()}
+    return {name: getattr(data, name) for name in ("name", "source", "sha256", "fallback")} | sizes
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Floats are written so that they read back to the same bits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Data):
+        return dataclasses.asdict(value)
+    return str(value)

@@ -1,0 +1,49 @@
+"""Three blocks of convolution, batch normalisation and ReLU on MNIST.
+
+TIME
+"""
+
+import keras
+from keras import layers
+
+import looplab
+from looplab.recipes.images import ConvBlock, classifier
+
+
+@keras.saving.register_keras_serializable("looplab")
+class CNNBlocks(keras.Model):
+    """From images (batch, 28, 28, 1) in [0, 1] to a logit for each class."""
+
+    def __init__(self, classes=10, filters=(32, 64, 128), name="cnn_blocks", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.blocks = [ConvBlock(count, name=f"block_{count}") for count in filters]
+        self.flatten = layers.Flatten(name="flatten")
+        self.classifier = layers.Dense(classes, dtype="float32", name="classes")
+
+    def call(self, images):
+        for block in self.blocks:
+            images = block(images)
+        return self.classifier(self.flatten(images))
+
+
+def cnn_blocks(
+    data: looplab.Data = looplab.Data("mnist"),
+    learning_rate: float = 1e-3,
+    epochs: int = 3,
+    batch_size: int = 64,
+    **trainer_options,
+) -> looplab.Recipe:
+    """Three convolutional blocks, of 1.1 million parameters, on handwritten digits.
+
+    Args:
+        learning_rate: of Adam
+        epochs: passes over the training images
+        batch_size: images in a step
+    """
+    optimizer = keras.optimizers.Adam(learning_rate)
+    arrays = data.load((28, 28, 1))
+    return classifier(CNNBlocks(), arrays, epochs, batch_size, from_logits=True, optimizer=optimizer, **trainer_options)
+
+
+if __name__ == "__main__":
+    looplab.main(cnn_blocks)

@@ -1,0 +1,73 @@
+"""What the recipes for images share: a block of layers, a trainer that takes uint8 images, ways to augment them."""
+
+import math
+
+import keras
+from keras import layers, ops
+
+import looplab
+
+
+@keras.saving.register_keras_serializable("looplab")
+class ConvBlock(layers.Layer):
+    """Convolution, batch normalisation, ReLU: 6 weights, 4 of them trainable."""
+
+    def __init__(
+        self, filters, kernel_size=3, strides=1, padding="same", kernel_initializer="glorot_uniform", **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.convolution = layers.Conv2D(
+            filters, kernel_size, strides, padding, kernel_initializer=kernel_initializer, name="convolution"
+        )
+        self.normalization = layers.BatchNormalization(name="normalization")
+
+    def call(self, images):
+        return ops.relu(self.normalization(self.convolution(images)))
+
+
+class ImageTrainer(looplab.Trainer):
+    """Takes uint8 images: scales them to [0, 1], and in training changes them at random first.
+
+    Both happen within the step: in memory the images stay small, and the random numbers are the trainer's own.
+    """
+
+    def __init__(self, model, augmentation=(), **options):
+        super().__init__(model, **options)
+        self.augmentation = list(augmentation)
+
+    def __call__(self, images, training=False):
+        images = ops.cast(images, "float32") / 255
+        for layer in self.augmentation if training else ():
+            images = layer(images, training=True)
+        return super().__call__(images, training=training)
+
+
+def light_augmentation():
+    """Flips half of the images, and shifts each by up to an eighth; what comes in is mirrored."""
+    shift = layers.RandomTranslation(1 / 8, 1 / 8, fill_mode="reflect", interpolation="nearest", dtype="float32")
+    return [layers.RandomFlip("horizontal", dtype="float32"), shift]
+
+
+def heavy_augmentation():
+    """As MiniGoogLeNet was published with: turns by 18°, zooms by 15%, shifts by 20%, shears by 0.15°, flips."""
+    options = {"fill_mode": "nearest", "dtype": "float32"}
+    return [
+        layers.RandomRotation(18 / 360, **options),
+        layers.RandomZoom(0.15, 0.15, **options),
+        layers.RandomTranslation(0.2, 0.2, **options),
+        layers.RandomShear(math.tan(math.radians(0.15)), **options),
+        layers.RandomFlip("horizontal", dtype="float32"),
+    ]
+
+
+def classifier(model, data, epochs, batch_size, loss=None, from_logits=False, augmentation=(), **trainer_options):
+    """The recipe of a model that tells the class of images of `data`, as probabilities or as logits."""
+    loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits)
+    trainer = ImageTrainer(model, augmentation, loss=loss, metrics=["accuracy"], **trainer_options)
+
+    def predict(images):
+        outputs = trainer.predict(images, batch_size=256, verbose=0)
+        return ops.convert_to_numpy(ops.softmax(outputs)) if from_logits else outputs
+
+    train, validation = (data.x_train, data.y_train), (data.x_validation, data.y_validation)
+    return looplab.Recipe(trainer, train, validation, epochs, batch_size, data=data, predict=predict)

@@ -1,0 +1,113 @@
+"""MiniInception on CIFAR-10: two branches of convolutions, side by side, again and again.
+
+TIME
+"""
+
+import math
+from typing import Literal
+
+import keras
+from keras import layers, ops
+
+import looplab
+from looplab.recipes.images import ConvBlock, classifier, light_augmentation
+
+
+@keras.saving.register_keras_serializable("looplab")
+class InceptionModule(layers.Layer):
+    """1×1 and 3×3 convolutions of one input, side by side."""
+
+    def __init__(self, filters_1x1, filters_3x3, kernel_initializer="glorot_uniform", **kwargs):
+        super().__init__(**kwargs)
+        self.small = ConvBlock(filters_1x1, 1, kernel_initializer=kernel_initializer, name="1x1")
+        self.large = ConvBlock(filters_3x3, 3, kernel_initializer=kernel_initializer, name="3x3")
+
+    def call(self, images):
+        return ops.concatenate([self.small(images), self.large(images)], axis=-1)
+
+
+@keras.saving.register_keras_serializable("looplab")
+class DownsampleModule(layers.Layer):
+    """A convolution and a pooling that each halve the image, side by side."""
+
+    def __init__(self, filters, kernel_initializer="glorot_uniform", **kwargs):
+        super().__init__(**kwargs)
+        self.convolution = ConvBlock(filters, 3, 2, "valid", kernel_initializer, name="convolution")
+        self.pooling = layers.MaxPooling2D(3, 2, name="pooling")
+
+    def call(self, images):
+        return ops.concatenate([self.convolution(images), self.pooling(images)], axis=-1)
+
+
+@keras.saving.register_keras_serializable("looplab")
+class MiniInception(keras.Model):
+    """From images (batch, 32, 32, 3) in [0, 1] to a probability for each class."""
+
+    def __init__(self, classes=10, kernel_initializer="glorot_uniform", name="mini_inception", **kwargs):
+        super().__init__(name=name, **kwargs)
+        options = {"kernel_initializer": kernel_initializer}
+        self.blocks = [
+            ConvBlock(96, 3, **options, name="first"),
+            *(InceptionModule(a, b, **options, name=f"inception_1_{a}_{b}") for a, b in [(32, 32), (32, 48)]),
+            DownsampleModule(80, **options, name="downsample_1"),
+            *(
+                InceptionModule(a, b, **options, name=f"inception_2_{a}_{b}")
+                for a, b in [(112, 48), (96, 64), (80, 80), (48, 96)]
+            ),
+            DownsampleModule(96, **options, name="downsample_2"),
+            *(InceptionModule(176, 160, **options, name=f"inception_3_{number}") for number in (1, 2)),
+            layers.AveragePooling2D(7, name="pooling"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(classes, "softmax", dtype="float32", name="classes"),
+        ]
+
+    def call(self, images):
+        for block in self.blocks:
+            images = block(images)
+        return images
+
+
+def mini_inception(
+    data: looplab.Data = looplab.Data("cifar10"),
+    plan: Literal["published", "fast"] = "published",
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    **trainer_options,
+) -> looplab.Recipe:
+    """MiniInception, a small GoogLeNet of 1.7 million parameters, on 10 classes of images.
+
+    Args:
+        plan: published: Adam on images as they are; fast: light augmentation, label smoothing, weight decay, and a
+            learning rate that rises over a fifth of the steps and then falls to 0
+        epochs: passes over the training images (default: 20; fast: 10)
+        batch_size: images in a step (default: 256; fast: 128)
+        learning_rate: of Adam; at the peak, of SGD (default: 0.001; fast: 0.1)
+    """
+    arrays = data.load((32, 32, 3))
+    if plan == "published":
+        optimizer = keras.optimizers.Adam(learning_rate or 1e-3)
+        return classifier(
+            MiniInception(), arrays, epochs or 20, batch_size or 256, optimizer=optimizer, **trainer_options
+        )
+    epochs, batch_size = epochs or 10, batch_size or 128
+    steps = epochs * math.ceil(len(arrays.x_train) / batch_size)
+    rising = steps // 5
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - rising, warmup_target=learning_rate or 0.1, warmup_steps=rising
+    )
+    # Keras subtracts the decay from the weights themselves, so with momentum it is ten times what papers give.
+    optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=5e-3)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    trainer_options |= {"optimizer": optimizer, "loss": smoothed_crossentropy, "augmentation": light_augmentation()}
+    return classifier(MiniInception(kernel_initializer="he_normal"), arrays, epochs, batch_size, **trainer_options)
+
+
+def smoothed_crossentropy(labels, probabilities):
+    """The cross-entropy to 0.91 for the class of an image, and 0.01 for each other."""
+    targets = ops.one_hot(ops.reshape(labels, (-1,)), probabilities.shape[-1])
+    return keras.losses.categorical_crossentropy(targets, probabilities, label_smoothing=0.1)
+
+
+if __name__ == "__main__":
+    looplab.main(mini_inception)

@@ -1,0 +1,85 @@
+"""A residual net whose blocks normalise before they convolve (He et al. 2016, arXiv:1603.05027), on MNIST.
+
+TIME
+"""
+
+import keras
+from keras import layers, ops
+
+import looplab
+from looplab.recipes.images import classifier
+
+
+def convolution(filters, kernel_size=3, strides=1, **options):
+    """Without bias; from a normal distribution."""
+    return layers.Conv2D(
+        filters, kernel_size, strides, "same", use_bias=False, kernel_initializer="random_normal", **options
+    )
+
+
+@keras.saving.register_keras_serializable("looplab")
+class PreActBlock(layers.Layer):
+    """Twice batch normalisation, ReLU and convolution, and the input added; with `strides`, that is convolved too."""
+
+    def __init__(self, filters, strides=1, **kwargs):
+        super().__init__(**kwargs)
+        self.norm_1, self.conv_1 = layers.BatchNormalization(), convolution(filters, strides=strides)
+        self.norm_2, self.conv_2 = layers.BatchNormalization(), convolution(filters)
+        self.shortcut = [layers.BatchNormalization(), layers.ReLU(), convolution(filters, 1, strides)]
+        if strides == 1:
+            self.shortcut = []
+
+    def call(self, images):
+        x = self.conv_1(ops.relu(self.norm_1(images)))
+        x = self.conv_2(ops.relu(self.norm_2(x)))
+        for layer in self.shortcut:
+            images = layer(images)
+        return x + images
+
+
+@keras.saving.register_keras_serializable("looplab")
+class PreActResNet(keras.Model):
+    """From images (batch, height, width, channels) in [0, 1] to a logit for each class."""
+
+    def __init__(self, blocks=(2, 2, 2), classes=10, filters=16, name="preact_resnet", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.first = convolution(filters, name="first")
+        self.blocks = [
+            PreActBlock(filters * 2**stage, 2 if stage > 0 and block == 0 else 1, name=f"stage_{stage + 1}_{block + 1}")
+            for stage, count in enumerate(blocks)
+            for block in range(count)
+        ]
+        self.normalization = layers.BatchNormalization(name="normalization")
+        self.average = layers.GlobalAveragePooling2D(name="average")
+        self.classifier = layers.Dense(classes, dtype="float32", name="classes")
+
+    def call(self, images):
+        x = self.first(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(self.average(ops.relu(self.normalization(x))))
+
+
+def preact_resnet(
+    data: looplab.Data = looplab.Data("mnist"),
+    learning_rate: float = 1e-3,
+    epochs: int = 3,
+    batch_size: int = 64,
+    **trainer_options,
+) -> looplab.Recipe:
+    """A pre-activation ResNet of 14 layers, of 180 thousand parameters, on handwritten digits.
+
+    Args:
+        learning_rate: of Adam
+        epochs: passes over the training images
+        batch_size: images in a step
+    """
+    optimizer = keras.optimizers.Adam(learning_rate)
+    arrays = data.load((28, 28, 1))
+    return classifier(
+        PreActResNet(), arrays, epochs, batch_size, from_logits=True, optimizer=optimizer, **trainer_options
+    )
+
+
+if __name__ == "__main__":
+    looplab.main(preact_resnet)

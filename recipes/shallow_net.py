@@ -1,0 +1,47 @@
+"""ShallowNet on CIFAR-10: one convolution, as a sequential model.
+
+TIME
+"""
+
+import keras
+from keras import layers
+
+import looplab
+from looplab.recipes.sgd import Augmentation, published_training
+
+
+def model(classes=10):
+    """From images (batch, 32, 32, 3) in [0, 1] to a probability for each class."""
+    return keras.Sequential(
+        [
+            layers.Input((32, 32, 3)),
+            layers.Conv2D(32, 3, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(classes, "softmax", dtype="float32"),
+        ],
+        name="shallow_net",
+    )
+
+
+def shallow_net(
+    data: looplab.Data = looplab.Data("cifar10"),
+    augmentation: Augmentation = "heavy",
+    learning_rate: float = 1e-2,
+    epochs: int = 60,
+    batch_size: int = 128,
+    **trainer_options,
+) -> looplab.Recipe:
+    """ShallowNet, of 330 thousand parameters, on 10 classes of images.
+
+    Args:
+        augmentation: heavy: turned, zoomed, shifted, sheared and flipped, as published; light: shifted and flipped
+        learning_rate: of SGD, at the first step
+        epochs: passes over the training images
+        batch_size: images in a step
+    """
+    options = {"augmentation": augmentation, "epochs": epochs, "batch_size": batch_size, **trainer_options}
+    return published_training(model(), data, learning_rate, **options)
+
+
+if __name__ == "__main__":
+    looplab.main(shallow_net)

@@ -1,0 +1,79 @@
+"""One net on MNIST three times: as a sequential, a functional and a subclassed model. They give the same bits.
+
+TIME
+"""
+
+from typing import Literal
+
+import keras
+from keras import layers
+
+import looplab
+from looplab.recipes.images import classifier
+
+
+def parts(classes=10):
+    """The layers, in the order in which they come."""
+    return [
+        layers.Conv2D(32, 3, 2, activation="relu", name="conv_1"),
+        layers.MaxPooling2D(3, name="pooling"),
+        layers.BatchNormalization(name="normalization_1"),
+        layers.Conv2D(64, 3, activation="relu", name="conv_2"),
+        layers.BatchNormalization(name="normalization_2"),
+        layers.Dropout(0.3, name="dropout"),
+        layers.GlobalAveragePooling2D(name="average"),
+        layers.Dense(classes, dtype="float32", name="classes"),
+    ]
+
+
+def sequential():
+    """From images (batch, 28, 28, 3) in [0, 1] to a logit for each class."""
+    return keras.Sequential([layers.Input((28, 28, 3)), *parts()], name="sequential")
+
+
+def functional():
+    """The same, as a graph of layers."""
+    x = images = layers.Input((28, 28, 3))
+    for layer in parts():
+        x = layer(x)
+    return keras.Model(images, x, name="functional")
+
+
+@keras.saving.register_keras_serializable("looplab")
+class Subclass(keras.Model):
+    """The same, as a class."""
+
+    def __init__(self, name="subclass", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.parts = parts()
+
+    def call(self, x):
+        for layer in self.parts:
+            x = layer(x)
+        return x
+
+
+def three_apis(
+    data: looplab.Data = looplab.Data("mnist"),
+    api: Literal["sequential", "functional", "subclass"] = "sequential",
+    learning_rate: float = 1e-3,
+    epochs: int = 1,
+    batch_size: int = 128,
+    **trainer_options,
+) -> looplab.Recipe:
+    """A small convolutional net, of 20 thousand parameters, on handwritten digits, written in one of three ways.
+
+    Args:
+        api: which way
+        learning_rate: of Adam
+        epochs: passes over the training images
+        batch_size: images in a step
+    """
+    model = {"sequential": sequential, "functional": functional, "subclass": Subclass}[api]()
+    optimizer = keras.optimizers.Adam(learning_rate)
+    arrays = data.load((28, 28, 3))
+    return classifier(model, arrays, epochs, batch_size, from_logits=True, optimizer=optimizer, **trainer_options)
+
+
+if __name__ == "__main__":
+    looplab.main(three_apis)
