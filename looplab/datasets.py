@@ -128,7 +128,7 @@ class Data:
 class Unread(Data):
     """Stands for a data set of which no example is needed: it has a black image of each kind, and reads nothing."""
 
-    def load(self, shape: Sequence[int] = (28, 28)) -> Arrays:
+    def load(self, shape: Sequence[int] = (28, 28)) -> Arrays:  # noqa: D102
         part = np.zeros((1, *shape), np.uint8), np.zeros(1, np.uint8)
         return Arrays(*part, *part, *part, _CLASSES[self.dataset], self.dataset, "unread", "", None)
 
@@ -242,5 +242,5 @@ def _digits() -> tuple[np.ndarray, ...]:
     0 to 16, in `digits.npz` beside this file.
     """
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
-        images, labels = np.uint8(np.rint(file["images"] * (255 / 16))), file["labels"]
+        images, labels = np.rint(file["images"] * (255 / 16)).astype(np.uint8), file["labels"]
     return images[:1500], labels[:1500], images[1500:], labels[1500:]

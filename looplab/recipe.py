@@ -251,6 +251,6 @@ def _defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments as one level of hyperparameters: what belongs to a group stands for itself."""
-    groups = {name: dataclasses.asdict(value) for name, value in config.items() if dataclasses.is_dataclass(value)}
+    groups = {name: dataclasses.asdict(value) for name, value in config.items() if isinstance(value, Data)}
     flat = {name: value for name, value in config.items() if name not in groups}
     return {**flat, **{name: value for group in groups.values() for name, value in group.items()}}

@@ -77,7 +77,7 @@ def classification(labels: Any, probabilities: Any, classes: Sequence[str]) -> R
         "classes": list(classes),
         "confusion_matrix": confusion.tolist(),
     }
-    plain = json.loads(json.dumps(figures, default=np.generic.item, allow_nan=False))  # no number of NumPy
+    plain = json.loads(json.dumps(figures, allow_nan=False))  # without NumPy's types
     return Report(text, plain, confusion)
 
 
@@ -122,10 +122,9 @@ def draw_curves(history: Mapping[str, Sequence[float]]) -> np.ndarray:
     for name, axes in zip(names, figure.subplots(rows, columns, squeeze=False).flat, strict=True):
         last = max(len(history.get(name, ())), len(history.get(f"val_{name}", ())), 1)
         for kind, key, colour in (("train", name, "C0"), ("validation", f"val_{name}", "C1")):
-            values = np.array(history.get(key, ()), np.float64)
+            values = np.asarray(history.get(key, ()), np.float64)
             if len(values):
                 epochs = last // len(values) * np.arange(1, len(values) + 1)
-                values[~np.isfinite(values)] = np.nan  # a gap
                 axes.plot(epochs, values, colour, marker="o", markersize=3, label=kind)
                 axes.legend()
         axes.set(xlabel="epoch", ylabel=name, xlim=(0.5, last + 0.5))

@@ -4,7 +4,7 @@ TIME
 """
 
 import keras
-from keras import layers, ops
+from keras import layers
 
 import looplab
 from looplab.recipes.sgd import Augmentation, published_training
@@ -14,7 +14,7 @@ from looplab.recipes.sgd import Augmentation, published_training
 class MiniVGGNet(keras.Model):
     """From images (batch, 32, 32, 3) in [0, 1] to a probability for each class."""
 
-    def __init__(self, classes=10, filters=(32, 64), units=512, dropout=0.5, name="mini_vggnet", **kwargs):
+    def __init__(self, classes=10, filters=(32, 32), units=512, dropout=0.5, name="mini_vggnet", **kwargs):
         super().__init__(name=name, **kwargs)
         self.stages = [self._stage(count) for count in filters]
         self.flatten = layers.Flatten()

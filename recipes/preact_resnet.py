@@ -25,9 +25,9 @@ class PreActBlock(layers.Layer):
         super().__init__(**kwargs)
         self.norm_1, self.conv_1 = layers.BatchNormalization(), convolution(filters, strides=strides)
         self.norm_2, self.conv_2 = layers.BatchNormalization(), convolution(filters)
-        self.shortcut = [layers.BatchNormalization(), layers.ReLU(), convolution(filters, 1, strides)]
-        if strides == 1:
-            self.shortcut = []
+        self.shortcut = []
+        if strides > 1:
+            self.shortcut = [layers.BatchNormalization(), layers.ReLU(), convolution(filters, 1, strides)]
 
     def call(self, images):
         x = self.conv_1(ops.relu(self.norm_1(images)))

@@ -1,8 +1,10 @@
-"""A variational auto-encoder on MNIST, as published: its epoch 2 has a mean loss of 0.0677 there, 0.0676 here.
+"""A variational auto-encoder on MNIST, as a subclassed and as a functional model. Loss of epoch 2: 0.0676 (0.0677).
 
 python -m looplab.recipes.vae --epochs 2                      10 s on two cores
 python -m looplab.recipes.vae --epochs 10 --kl-weight 0.01    40 s; draws digits
 """
+
+from typing import Literal
 
 import keras
 import numpy as np
@@ -11,6 +13,7 @@ from keras import layers, ops
 import looplab
 
 
+@keras.saving.register_keras_serializable("looplab")
 class Sampling(layers.Layer):
     """Draws z from the normal distribution of the given mean and log-variance, each of shape (batch, latent)."""
 
@@ -23,8 +26,9 @@ class Sampling(layers.Layer):
         return mean + ops.exp(0.5 * log_variance) * noise
 
 
+@keras.saving.register_keras_serializable("looplab")
 class KLDivergence(layers.Layer):
-    """Adds to the loss `weight` times how far a normal distribution is from the standard one; passes nothing on."""
+    """Adds to the loss `weight` times how far a normal distribution is from the standard one, and passes it on."""
 
     def __init__(self, weight=1.0, **kwargs):
         super().__init__(**kwargs)
@@ -32,31 +36,48 @@ class KLDivergence(layers.Layer):
 
     def call(self, mean, log_variance):
         self.add_loss(-0.5 * self.weight * ops.mean(log_variance - ops.square(mean) - ops.exp(log_variance) + 1))
+        return mean, log_variance
 
 
+def encoder(pixels, hidden, latent_dim):
+    """From images (batch, pixels) in [0, 1] to the mean and the log-variance of a normal distribution."""
+    images = layers.Input((pixels,))
+    x = layers.Dense(hidden, "relu", name="hidden")(images)
+    mean, log_variance = (layers.Dense(latent_dim, name=name)(x) for name in ("mean", "log_variance"))
+    return keras.Model(images, [mean, log_variance], name="encoder")
+
+
+def decoder(pixels, hidden, latent_dim):
+    """And back from a draw of it."""
+    hidden, pixels = layers.Dense(hidden, "relu", name="hidden"), layers.Dense(pixels, "sigmoid", name="pixels")
+    return keras.Sequential([layers.Input((latent_dim,)), hidden, pixels], name="decoder")
+
+
+@keras.saving.register_keras_serializable("looplab")
 class VAE(keras.Model):
-    """Encodes images as (batch, pixels) in [0, 1] to a latent normal distribution, and decodes a draw of it."""
+    """Encodes images to a normal distribution, and decodes a draw of it."""
 
-    def __init__(self, pixels: int = 784, hidden: int = 64, latent_dim: int = 32, kl_weight: float = 1.0, **kwargs):
-        super().__init__(name="vae", **kwargs)
-        self.encoder = layers.Dense(hidden, "relu", name="encoder")
-        self.mean = layers.Dense(latent_dim, name="mean")
-        self.log_variance = layers.Dense(latent_dim, name="log_variance")
-        self.sampling = Sampling(name="sampling")
+    def __init__(self, pixels=784, hidden=64, latent_dim=32, kl_weight=1.0, name="vae", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.encoder = encoder(pixels, hidden, latent_dim)
         self.kl = KLDivergence(kl_weight, name="kl")
-        self.decoder = keras.Sequential(
-            [layers.Input((latent_dim,)), layers.Dense(hidden, "relu"), layers.Dense(pixels, "sigmoid")], name="decoder"
-        )
+        self.sampling = Sampling(name="sampling")
+        self.decoder = decoder(pixels, hidden, latent_dim)
 
     def call(self, images):
-        encoded = self.encoder(images)
-        mean, log_variance = self.mean(encoded), self.log_variance(encoded)
-        self.kl(mean, log_variance)
-        return self.decoder(self.sampling(mean, log_variance))
+        return self.decoder(self.sampling(*self.kl(*self.encoder(images))))
+
+
+def functional_vae(pixels=784, hidden=64, latent_dim=32, kl_weight=1.0):
+    """The same, as a graph of the same models and layers."""
+    images = layers.Input((pixels,))
+    moments = KLDivergence(kl_weight, name="kl")(*encoder(pixels, hidden, latent_dim)(images))
+    return keras.Model(images, decoder(pixels, hidden, latent_dim)(Sampling(name="sampling")(*moments)), name="vae")
 
 
 def vae(
     data: looplab.Data = looplab.Data("mnist"),
+    api: Literal["subclass", "functional"] = "subclass",
     hidden: int = 64,
     latent_dim: int = 32,
     kl_weight: float = 1.0,
@@ -68,6 +89,7 @@ def vae(
     """A variational auto-encoder of handwritten digits: mean squared error, and the KL divergence as an added loss.
 
     Args:
+        api: how the model is written
         hidden: units of the layer between pixels and latent space, on both sides
         latent_dim: dimensions of the latent space
         kl_weight: of the KL divergence; at 1, as published, it leaves the latent space unused, and each image comes
@@ -77,23 +99,25 @@ def vae(
         batch_size: images in a step
     """
     arrays = data.load((28, 28))
-    train, test = (x.reshape(len(x), -1) / np.float32(255) for x in (arrays.x_train, arrays.x_test))
-    model = VAE(train.shape[1], hidden, latent_dim, kl_weight)
+    images = arrays.x_train, arrays.x_validation, arrays.x_test
+    train, validation, test = (x.reshape(len(x), -1) / np.float32(255) for x in images)
+    model = (VAE if api == "subclass" else functional_vae)(train.shape[1], hidden, latent_dim, kl_weight)
     trainer = looplab.Trainer(model, optimizer=keras.optimizers.Adam(learning_rate), loss="mse", **trainer_options)
-
     latent = np.random.default_rng(0).normal(size=(100, latent_dim)).astype("float32")
-
-    def draw():
-        originals = test[:10]
-        pairs = np.concatenate([originals, trainer.predict(originals)])
-        drawn = model.decoder(latent).numpy()
-        return {name: picture(pixels) for name, pixels in {"reconstructions": pairs, "prior": drawn}.items()}
 
     def picture(pixels):
         return looplab.callbacks.tile(np.uint8(pixels * 255).reshape(-1, 28, 28, 1), columns=10)
 
-    pictures = looplab.callbacks.Pictures(draw)
-    return looplab.Recipe(trainer, (train, train), (test, test), epochs, batch_size, [pictures], arrays)
+    def draw():
+        pairs = np.concatenate([test[:10], trainer.predict(test[:10], verbose=0)])
+        return {"reconstructions": picture(pairs), "prior": picture(model.get_layer("decoder")(latent).numpy())}
+
+    def embed(logs):
+        means, _ = model.get_layer("encoder")(test)
+        trainer.log_embeddings("latent", means, arrays.y_test, arrays.x_test)
+
+    callbacks = [looplab.callbacks.Pictures(draw), keras.callbacks.LambdaCallback(on_train_end=embed)]
+    return looplab.Recipe(trainer, (train, train), (validation, validation), epochs, batch_size, callbacks, arrays)
 
 
 if __name__ == "__main__":
