@@ -30,7 +30,7 @@ def no_other_run(log_dir: Path) -> None:
     """The log folder holds no event files of another run."""
     if log_dir.exists() and not log_dir.is_dir():
         raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file.")
-    if any(log_dir.glob("*/events.out.tfevents.*")):
+    if any(log_dir.glob("events.out.tfevents.*")) or any(log_dir.glob("*/events.out.tfevents.*")):
         raise ValueError(f"`log_dir` {log_dir} holds the run of another trainer. Pass a new folder, or remove it.")
 
 

@@ -71,6 +71,11 @@ class Loop:
             whole_step = tf.function(self._whole_step, jit_compile=jit_compile or None)
             self._one_step = whole_step.get_concrete_function(element_spec, tf.TensorSpec((), tf.int64))
 
+    @property
+    def graph(self) -> tf.Graph | None:
+        """The graph of one step; None where Python goes through it."""
+        return None if self.eager else self._one_step.graph
+
     def __call__(self, iterator: Iterator, steps: int, first: int) -> CallLogs:
         """Does up to `steps` steps on what `iterator` gives, the first of them being number `first`."""
         arguments = iterator, tf.constant(steps, tf.int32), tf.constant(first, tf.int64)

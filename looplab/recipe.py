@@ -107,6 +107,7 @@ def run(
             ready.build(weights)
         config = {**_defaults(recipe), **options, "seed": seed, "precision": precision, "weights": weights}
         folder.write_config({"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config}, recipe, ready.data)
+        ready.trainer.log_hparams(_flat(config))
         if report.missing():
             print("looplab: no report and no pictures at the end: pip install 'looplab[report]' adds them.", flush=True)
         elif ready.predict:

@@ -39,7 +39,7 @@ class Steps(Tracked):
     ):
         self.model = model
         # A Keras model without layers knows how losses and metrics, given as names, lists and dicts, meet outputs.
-        self._compiled = keras.Model(name="compiled")
+        self._compiled = keras.Model(name="compiled", dtype=getattr(model, "dtype_policy", None))
         if isinstance(model, keras.Model) and hasattr(model, "output_names"):
             self._compiled.output_names = model.output_names
         self._compiled.compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)

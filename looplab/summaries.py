@@ -1,14 +1,16 @@
-"""Event files for TensorBoard: the scalars of many steps in one go, and images."""
+"""What TensorBoard shows of a run: scalars of many steps in one go, images, a graph, hyperparameters, embeddings."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +18,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
+from tensorboard.plugins.hparams.api import hparams_pb
+
+from looplab.projector import Embeddings
 
 _count = itertools.count()
 
@@ -26,6 +31,8 @@ class RunWriter:
     def __init__(self, log_dir: Path | None):
         self._log_dir = log_dir
         self._writers: dict[str, _Writer] = {}
+        self._hparams: dict[str, bool | int | float | str] = {}
+        self._has_graph = False
 
     @property
     def begun(self) -> bool:
@@ -47,6 +54,38 @@ class RunWriter:
             for tag, pictures in files.items():
                 self._writer(folder).image(step, tag, pictures)
 
+    def graph(self, folder: str, graph: tf.Graph | None) -> None:
+        """Writes the first graph that comes; TensorBoard shows one of a folder."""
+        if self._log_dir is not None and graph is not None and not self._has_graph:
+            self._has_graph = True
+            content = graph.as_graph_def(add_shapes=True).SerializeToString()
+            self._writer(folder).write(Event(wall_time=time.time(), graph_def=content))
+
+    def hparams(self, values: dict[str, Any]) -> None:
+        """Writes hyperparameters, and those of earlier calls again, to `log_dir` itself.
+
+        TensorBoard takes those of a folder as the hyperparameters of all folders below it, and keeps the first that it
+        finds in a folder's files: so each call replaces the file of the one before.
+        """
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise TypeError(f"`hparams` must be a dict of values by name, the names being strings; {values!r} came.")
+        if self._log_dir is not None:
+            self._hparams |= {name: _hparam(value) for name, value in values.items()}
+            writer = self._writer("")
+            before = writer.path
+            # By default runs of the same hyperparameters would be one row, with the means of their metrics.
+            summary = hparams_pb(self._hparams, trial_id="")
+            writer.write(Event(wall_time=time.time(), summary=summary))
+            writer.close()
+            if before is not None:
+                before.unlink(missing_ok=True)
+
+    def embeddings(self, folder: str, embeddings: Embeddings) -> None:
+        """Writes vectors, and what to show at each, for the projector; they replace those of the same name."""
+        if self._log_dir is not None:
+            self._writer(folder).begin()  # the projector looks into folders that have event files
+            embeddings.write(self._log_dir / folder)
+
     def close(self) -> None:
         """Ends the files; a later write begins others, which TensorBoard shows as their continuation."""
         for writer in self._writers.values():
@@ -66,6 +105,7 @@ class _Writer:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.path: Path | None = None
         self._file: tf.io.TFRecordWriter | None = None
         self._template = Event()
         self._tags: Sequence[str] = ()
@@ -91,9 +131,17 @@ class _Writer:
         tensor = TensorProto(dtype=DT_STRING, string_val=content)
         tensor.tensor_shape.dim.add(size=len(content))
         value = Summary.Value(tag=tag, tensor=tensor, metadata=_metadata("images", DATA_CLASS_BLOB_SEQUENCE))
+        self.write(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])))
+
+    def write(self, event: Event) -> None:
         file = self._open()
-        file.write(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])).SerializeToString())
+        file.write(event.SerializeToString())
         file.flush()
+
+    def begin(self) -> None:
+        """Makes the file, without anything in it, if there was none yet."""
+        if self.path is None:
+            self._open().flush()
 
     def close(self) -> None:
         if self._file is not None:
@@ -106,7 +154,8 @@ class _Writer:
             # TensorBoard reads the files of a folder in the order of their names.
             moment = time.time()
             name = f"events.out.tfevents.{int(moment):010d}.{socket.gethostname()}.{os.getpid()}.{next(_count):06d}.v2"
-            self._file = tf.io.TFRecordWriter(str(self.folder / name))
+            self.path = self.folder / name
+            self._file = tf.io.TFRecordWriter(str(self.path))
             self._file.write(Event(wall_time=moment, file_version="brain.Event:2").SerializeToString())
         return self._file
 
@@ -118,3 +167,11 @@ def _metadata(plugin: str, data_class: int) -> SummaryMetadata:
 def _scalar(tag: str) -> Summary.Value:
     tensor = TensorProto(dtype=DT_FLOAT, float_val=[0.0])
     return Summary.Value(tag=tag, tensor=tensor, metadata=_metadata("scalars", DATA_CLASS_SCALAR))
+
+
+def _hparam(value: Any) -> bool | int | float | str:
+    """As TensorBoard can show it; it leaves out numbers that are not finite."""
+    if getattr(value, "shape", None) == ():
+        value = np.asarray(value).item()
+    plain = isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else str(value)

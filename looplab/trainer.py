@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab import checks, data
+from looplab import checks, data, projector
 from looplab.callbacks import EpochLine, ProgressBar, hooked_to_batches
 from looplab.loop import CallLogs, Loop, Pace
 from looplab.metrics import Means, named_result
@@ -135,8 +135,7 @@ class Trainer(Steps):
             val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
             size = validation_batch_size or (batch_size if data.is_arrays(val_x) else None)
             validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
-        if self.log_dir is not None and not self._events.begun:
-            checks.no_other_run(self.log_dir)
+        self._claim_log_dir()
 
         loop = self._prepared("train", train.element_spec, self.run_eagerly)
         if verbose:
@@ -239,6 +238,7 @@ class Trainer(Steps):
         if self._now.running:
             self._now.scalars[name] = checks.scalar("`log` got", name, value)
         else:
+            self._claim_log_dir()
             self._events.scalars("train", self.epochs, {name: float(value)})
 
     def log_image(self, name: str, images: Any, every: int = 1000, max_outputs: int = 3) -> None:
@@ -256,10 +256,51 @@ class Trainer(Steps):
             self._now.images[name] = images
             self._now.image_every[name] = every
         else:
+            self._claim_log_dir()
             files = [tf.io.encode_png(image).numpy() for image in images]
             self._events.images("train", self.epochs, {name: files})
 
+    def log_hparams(self, hparams: dict[str, Any]) -> None:
+        """Shows hyperparameters in TensorBoard's HPARAMS tab, beside the last value of each scalar of the run.
+
+        Those of several calls are shown together, and of one name the last; a TensorBoard that has already read the
+        run shows it once it is started anew. It must look at a folder above `log_dir` to find the scalars.
+
+        Args:
+            hparams: By name: bool, int, float or str. A scalar array or variable becomes its value, anything else
+                its `str`.
+
+        Raises:
+            ValueError: `log_dir` holds another run.
+        """
+        self._claim_log_dir()
+        self._events.hparams(hparams)
+
+    def log_embeddings(self, name: str, vectors: Any, labels: Any = None, images: Any = None) -> None:
+        """Shows vectors in TensorBoard's PROJECTOR tab, in place of earlier ones of that name.
+
+        A TensorBoard that has already read the run shows them once it is started anew.
+
+        Args:
+            name: What the tab calls them; `&`, `#`, `+` and `%` become `_`.
+            vectors: Numbers, shape (n, d).
+            labels: n strings or numbers, to be shown at the points.
+            images: uint8, shape (n, height, width) or (n, height, width, channels), 1 or 3 channels, to be drawn at the
+                points. Together, in ceil(sqrt(n)) rows and columns, they may have 8192x8192 pixels.
+
+        Raises:
+            ValueError: An argument of another shape or dtype, too many pixels, or `log_dir` holds another run.
+        """
+        embeddings = projector.checked(name, vectors, labels, images)
+        self._claim_log_dir()
+        self._events.embeddings("train", embeddings)
+
     # Within.
+
+    def _claim_log_dir(self) -> None:
+        """Refuses a folder that another trainer has written to."""
+        if self.log_dir is not None and not self._events.begun:
+            checks.no_other_run(self.log_dir)
 
     def _batches(
         self,
@@ -345,7 +386,7 @@ class Trainer(Steps):
             pace.took(logs.done, time.time() - began)
             means.add(logs.weights, logs.scalars)
             if folder is not None:
-                self._write(kind, folder, logs, began)
+                self._write(kind, folder, loop, logs, began)
             done += logs.done
             if hooks:
                 self._replay(kind, hooks, logs, done - logs.done, begin=asked > 1)
@@ -367,13 +408,14 @@ class Trainer(Steps):
             keras_mean.update_state(results["loss"])  # for callbacks that look it up among the metrics
         return results
 
-    def _write(self, kind: str, folder: str, logs: CallLogs, began: float) -> None:
+    def _write(self, kind: str, folder: str, loop: Loop, logs: CallLogs, began: float) -> None:
         """Writes what a graph call told; validation has a step count of its own, which goes on rising."""
         before = self.steps if kind == "train" else self._test_steps
         self._events.steps(folder, 1 + before, {f"batch_{n}": values for n, values in logs.scalars.items()}, began)
         for index, name, files in logs.images:
             self._events.images(folder, 1 + before + index, {name: files})
         if kind == "train":
+            self._events.graph(folder, loop.graph)
             self.steps += logs.done
         else:
             self._test_steps += logs.done

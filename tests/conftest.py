@@ -1,4 +1,13 @@
+import contextlib
+import json
 import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -24,11 +33,59 @@ def _seeded():
 
 
 @pytest.fixture(scope="session")
+def tensorboard():
+    """A real server: `with tensorboard(logs) as ask`, and `ask(path, body, ready, **query)` is an answer over HTTP."""
+
+    @contextlib.contextmanager
+    def serve(logs, *flags):
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port", "0"]
+        told = logs.with_suffix(".txt")  # a pipe that nobody empties would stop it at some time
+        with told.open("w") as stderr:
+            process = subprocess.Popen([*command, "--load_fast", "false", *flags], stderr=stderr)
+        with process:
+            try:
+                while not (root := re.search(r"http://\S+", told.read_text())):
+                    assert process.poll() is None, told.read_text()
+                    time.sleep(0.1)
+
+                def ask(path, body=None, ready=lambda answer: True, **query):
+                    address = f"{root[0]}data/plugin/{path}?{urllib.parse.urlencode(query)}"
+                    as_json = {"Content-Type": "application/json"}
+                    request = urllib.request.Request(address, body and json.dumps(body).encode(), as_json)
+                    deadline = time.monotonic() + 60
+                    while True:  # it loads in the background
+                        try:
+                            with urllib.request.urlopen(request, timeout=20) as answer:
+                                content = answer.read()
+                            if ready(content):
+                                return content
+                        except urllib.error.HTTPError as error:
+                            content = error.read()
+                        assert time.monotonic() < deadline, content
+                        time.sleep(0.2)
+
+                yield ask
+            finally:
+                process.kill()
+
+    return serve
+
+
+@pytest.fixture(scope="session")
 def data_dir():
     """The folder of the real mnist.npz."""
     folder = Path(os.environ.get("LOOPLAB_DATA_DIR", ROOT / ".data"))
     if not (folder / "mnist.npz").is_file():
         pytest.skip(f"needs mnist.npz in {folder}, or in $LOOPLAB_DATA_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir():
+    """The folder of the real cifar10.npz."""
+    folder = Path(os.environ.get("LOOPLAB_DATA_DIR", ROOT / ".data"))
+    if not (folder / "cifar10.npz").is_file():
+        pytest.skip(f"needs cifar10.npz in {folder}, or in $LOOPLAB_DATA_DIR")
     return folder
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import looplab
-from looplab.datasets import DataError
+from looplab.datasets import DataError, read_picture
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -30,7 +31,7 @@ def write(folder, save=np.savez, **changed):
 
 
 def load(folder, **options):
-    return looplab.Data("mnist", data_dir=str(folder), **options).load()
+    return looplab.Data("mnist", data_dir=str(folder), **options).load((3, 3))
 
 
 class Trap:
@@ -202,12 +203,98 @@ def test_nothing_is_unpickled(tmp_path, whole):
     assert made.exists()  # the trap works
 
 
+# Shapes, and what is held out.
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (3, 3, 1), (3, 3, 3), (6, 6), (2, 5, 3)])
+def test_images_come_in_the_shape_asked_for(tmp_path, shape):
+    write(tmp_path)
+    arrays = looplab.Data("mnist", str(tmp_path)).load(shape)
+    original = small_set()["x_train"]
+    assert arrays.x_train.shape == (6, *shape)
+    assert arrays.x_train.dtype == "uint8"
+    if shape[:2] == (3, 3):  # only repeated over the channels
+        assert np.array_equal(
+            arrays.x_train,
+            np.broadcast_to(original.reshape(6, 3, 3, 1), (6, 3, 3, (*shape, 1)[2])).reshape(arrays.x_train.shape),
+        )
+    else:
+        assert abs(arrays.x_train.mean() - original.mean()) < 20
+
+
+def test_coloured_images_become_grey_by_their_brightness(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], "uint8")
+    images = np.broadcast_to(colours[:, None, None], (4, 3, 3, 3))
+    write(tmp_path, x_train=images, y_train=np.zeros(4, "uint8"), x_test=images, y_test=np.zeros(4, "uint8"))
+    grey = load(tmp_path).x_train
+    assert grey[:, 0, 0].tolist() == [76, 150, 29, 255]  # of ITU-R BT.601
+    assert np.ptp(grey, axis=(1, 2)).max() == 0
+
+
+def test_cifar10_has_its_classes_and_labels_in_one_dimension(tmp_path):
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (5, 32, 32, 3), "uint8"), np.arange(5).reshape(5, 1)
+    np.savez(tmp_path / "cifar10.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    arrays = looplab.Data("cifar10", str(tmp_path)).load((32, 32, 3))
+    assert np.array_equal(arrays.x_train, images)
+    assert arrays.y_train.shape == (5,)
+    assert [arrays.classes[label] for label in arrays.y_test] == ["airplane", "automobile", "bird", "cat", "deer"]
+
+
+def test_real_cifar10_has_as_many_images_of_each_class(cifar10_dir):
+    arrays = looplab.Data("cifar10", str(cifar10_dir)).load((32, 32, 3))
+    assert arrays.x_train.shape == (50000, 32, 32, 3)
+    assert np.bincount(arrays.y_train).tolist() == [5000] * 10
+    assert np.bincount(arrays.y_test).tolist() == [1000] * 10
+
+
+def test_the_last_part_of_the_training_images_is_held_out(tmp_path):
+    write(tmp_path)
+    whole, parted = load(tmp_path), load(tmp_path, validation_split=0.4)
+    assert np.array_equal(parted.x_train, whole.x_train[:3])
+    assert np.array_equal(parted.x_validation, whole.x_train[3:])
+    assert np.array_equal(parted.y_validation, whole.y_train[3:])
+    assert np.array_equal(parted.x_test, whole.x_test)
+    assert whole.x_validation is whole.x_test
+
+
+@pytest.mark.parametrize("fraction", [1.0, -0.1, 1.5])
+def test_a_split_must_be_a_fraction(fraction):
+    with pytest.raises(DataError, match="`validation_split` must be from 0 to below 1"):
+        looplab.Data(validation_split=fraction)
+
+
+def test_a_split_must_leave_something(tmp_path):
+    write(tmp_path)
+    with pytest.raises(DataError, match="leaves 0 to train on and 1 to validate on"):
+        load(tmp_path, limit=1, validation_split=0.5)
+
+
+def test_pictures_become_images_of_the_data_set(tmp_path):
+    picture = np.zeros((60, 40, 3), "uint8")
+    picture[:30] = [255, 0, 0]
+    (tmp_path / "a.png").write_bytes(tf.io.encode_png(picture).numpy())
+    image = read_picture(tmp_path / "a.png", (28, 28, 3))
+    assert image.shape == (28, 28, 3)
+    assert image[0, 0].tolist() == [255, 0, 0]
+    assert image[-1, 0].tolist() == [0, 0, 0]
+    assert read_picture(tmp_path / "a.png", (28, 28))[0, 0] == 76
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("hello")
+    with pytest.raises(DataError, match=r"a\.png is no picture that can be read: it must be a PNG or JPEG file"):
+        read_picture(tmp_path / "a.png", (28, 28))
+    with pytest.raises(DataError, match=r"b\.png cannot be read: No such file"):
+        read_picture(tmp_path / "b.png", (28, 28))
+
+
 # Digits.
 
 
 @pytest.mark.parametrize("size", [8, 28])
 def test_digits(size):
-    arrays = looplab.Data("digits").load(size)
+    arrays = looplab.Data("digits").load((size, size))
     assert arrays.x_train.shape == (1500, size, size)
     assert arrays.x_test.shape == (297, size, size)
     assert (arrays.y_train.shape, arrays.y_test.shape) == ((1500,), (297,))
@@ -222,11 +309,11 @@ def test_digits_are_the_same_each_time():
     assert looplab.Data("digits").load().sha256 == looplab.Data("digits", limit=3).load().sha256
     # Not scaled, the values rest on no resampling: the same on each machine.
     expected = "4794179a7c207c1ed723b650ecb231bb75c230669ba7db661dbaaff445bfc1ff"
-    assert looplab.Data("digits").load(8).sha256 == expected
+    assert looplab.Data("digits").load((8, 8)).sha256 == expected
 
 
 def test_scaled_digits_show_what_the_small_ones_show():
-    small, large = looplab.Data("digits").load(8).x_test, looplab.Data("digits").load(32).x_test
+    small, large = looplab.Data("digits").load((8, 8)).x_test, looplab.Data("digits").load((32, 32)).x_test
     means = large.reshape(297, 8, 4, 8, 4).mean((2, 4))
     assert np.corrcoef(means.ravel(), small.ravel())[0, 1] > 0.95
 
@@ -242,11 +329,11 @@ def test_without_a_network_mnist_becomes_digits_and_says_so(tmp_path):
         pytest.skip("needs `unshare` with user namespaces, to run a process without a network")
     script = """if True:
         import pathlib, sys, looplab
-        print(*looplab.Data().load()[4:], sep="|")
+        print(*looplab.Data().load()[7:], sep="|")
         cache = pathlib.Path(sys.argv[1])
         cache.parent.mkdir(parents=True)
         cache.write_bytes(b"damaged")
-        print(*looplab.Data(limit=3).load()[4:], sep="|")
+        print(*looplab.Data(limit=3).load()[7:], sep="|")
     """
     environment = {name: value for name, value in os.environ.items() if name != "LOOPLAB_DATA_DIR"}
     environment |= {"HOME": str(tmp_path), "KERAS_HOME": str(tmp_path / "keras")}

@@ -18,7 +18,8 @@ from looplab.recipes.vae import vae
 from looplab.testing import read_scalars
 
 DIGITS = looplab.Data("digits", limit=128)  # two steps of 64 an epoch
-COMMON_FLAGS = {"help", "seed", "log_dir", "weights", "verbose", "steps_per_execution", "run_eagerly", "jit_compile"}
+COMMON_FLAGS = {"help", "seed", "log_dir", "weights", "precision", "plot", "summary", "predict", "verbose"}
+COMMON_FLAGS |= {"steps_per_execution", "run_eagerly", "jit_compile"}
 TENSORBOARD = "tensorboard --logdir {} --samples_per_plugin scalars=999999999"
 
 SMALL = '''
@@ -127,7 +128,7 @@ def test_help_shows_each_flag_and_nothing_else(finished):
     assert sorted(shown) == sorted(f"--{name.replace('_', '-')}" for name in names)
     text = " ".join(stdout.split())
     assert "--latent-dim INT dimensions of the latent space (default: 32)" in text
-    assert re.search(r"--dataset \{mnist,digits\} its name; [^-]+ \(default: mnist\)", text)
+    assert re.search(r"--dataset \{mnist,cifar10,digits\} its name; [^-]+ \(default: mnist\)", text)
     assert list(folder.iterdir()) == []
 
 
@@ -147,10 +148,13 @@ def test_run_leaves_all_files_and_is_quiet(finished):
     assert TENSORBOARD.format("runs") in stdout
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     events = {path for path in left if "tfevents" in path}
-    assert {path.rpartition("/")[0] for path in events} == {"runs/first/train", "runs/first/validation"}
-    files = {"config.json", "history.json", "timings.json", "model.weights.h5"}
+    folders = {"runs/first", "runs/first/train", "runs/first/validation"}  # the first has the hyperparameters
+    assert {path.rpartition("/")[0] for path in events} == folders
+    files = {"config.json", "history.json", "timings.json", "model.weights.h5", "curves.png"}
     pictures = {f"pictures/{name}-00{epoch}.png" for name in ("reconstructions", "prior") for epoch in (1, 2)}
-    assert left - events == {f"runs/first/{name}" for name in files | pictures}
+    embeddings = {path for path in left if "/train/embeddings/" in path or path.endswith("projector_config.pbtxt")}
+    assert len(embeddings) == 4  # vectors, labels, pictures, and the list of them
+    assert left - events - embeddings == {f"runs/first/{name}" for name in files | pictures}
 
 
 def test_run_writes_each_step(finished):
@@ -167,7 +171,7 @@ def test_run_says_what_it_was(finished):
         "recipe": "looplab.recipes.vae:vae",
         "seed": 0,
         "weights": None,
-        "data": {"dataset": "digits", "data_dir": None, "limit": 128},
+        "data": {"dataset": "digits", "data_dir": None, "limit": 128, "validation_split": 0.0},
         "hidden": 64,
         "latent_dim": 32,
         "learning_rate": 1e-3,

@@ -6,9 +6,22 @@ from pathlib import Path
 import looplab
 
 PACKAGE = Path(looplab.__file__).parent
-ALONE = {"loop", "losses", "metrics", "data", "summaries", "checks", "callbacks", "datasets", "tracking", "report"}
+ALONE = {
+    "loop",
+    "losses",
+    "metrics",
+    "data",
+    "summaries",
+    "checks",
+    "callbacks",
+    "datasets",
+    "tracking",
+    "report",
+    "projector",
+}
 ALLOWED = {
     **{name: set() for name in ALONE},
+    "summaries": {"projector"},
     "steps": {"checks", "loop", "losses", "metrics", "tracking"},
     "trainer": ALONE - {"datasets", "losses", "report"} | {"steps"},
     "folder": {"report", "datasets"},

@@ -1,11 +1,6 @@
 """The VAE on real MNIST: against the hand-written loop, in TensorBoard, and to the bit for every loop length."""
 
 import json
-import subprocess
-import sys
-import time
-import urllib.parse
-import urllib.request
 
 import keras
 import numpy as np
@@ -62,25 +57,11 @@ def test_draws_pictures_each_epoch_as_files_and_in_tensorboard(two_epochs):
             assert tf.io.decode_png(png).shape == shape
 
 
-def test_tensorboard_serves_every_point(two_epochs):
+def test_tensorboard_serves_every_point(two_epochs, tensorboard):
     """The real server, as the README says to start it, asked over HTTP as its page asks."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(two_epochs), "--port", "0"]
-    command += ["--samples_per_plugin", "scalars=999999999", "--load_fast", "false"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            line = next(line for line in server.stderr if "http://" in line)
-            root = next(word for word in line.split() if word.startswith("http://"))
-            query = urllib.parse.urlencode({"run": "train", "tag": "batch_loss"})
-            deadline, points = time.monotonic() + 60, []
-            while len(points) < 1876 and time.monotonic() < deadline:  # it loads in the background
-                time.sleep(0.5)
-                try:
-                    with urllib.request.urlopen(f"{root}data/plugin/scalars/scalars?{query}") as answer:
-                        points = json.load(answer)
-                except urllib.error.HTTPError:
-                    continue
-        finally:
-            server.kill()
+    with tensorboard(two_epochs, "--samples_per_plugin", "scalars=999999999") as ask:
+        query = {"run": "train", "tag": "batch_loss"}
+        points = json.loads(ask("scalars/scalars", ready=lambda answer: len(json.loads(answer)) >= 1876, **query))
     assert [step for _, step, _ in points] == list(range(1, 1877))
 
 
