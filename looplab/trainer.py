@@ -14,16 +14,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab import checks, data, projector
+from looplab import checks, data
 from looplab.callbacks import EpochLine, ProgressBar, hooked_to_batches
+from looplab.log import Logs
 from looplab.loop import CallLogs, Loop, Pace
 from looplab.metrics import Means, named_result
-from looplab.steps import LEARNING_RATE, Steps
-from looplab.summaries import RunWriter
+from looplab.steps import LEARNING_RATE
 from looplab.tracking import to_numpy
 
 
-class Trainer(Steps):
+class Trainer(Logs):
     """Trains any callable with variables.
 
     Override `train_step` (and `test_step`, `predict_step`, `compute_loss`, `compute_metrics`) as in
@@ -67,18 +67,15 @@ class Trainer(Steps):
         run_eagerly: bool = False,
     ):
         checks.steps_per_execution(steps_per_execution)
-        super().__init__(model, optimizer, loss, loss_weights, metrics, seed)
-        self.log_dir = None if log_dir is None else Path(log_dir)
+        super().__init__(model, optimizer, loss, loss_weights, metrics, seed, log_dir)
         self.steps_per_execution = steps_per_execution
         self.jit_compile = jit_compile
         self.run_eagerly = run_eagerly
         self.history: keras.callbacks.History | None = None
         self.stop_training = False
         self.steps = 0
-        self.epochs = 0
         self._test_steps = 0
         self._traced: list[_Traced] = []
-        self._events = RunWriter(self.log_dir)
 
     # The loops around the steps.
 
@@ -233,74 +230,7 @@ class Trainer(Steps):
         """
         self._prepared("train", self._batches("x", x, y, sample_weight).element_spec, eagerly=False)
 
-    def log(self, name: str, value: Any) -> None:
-        """Adds a scalar to those of the running step, or, outside of a step, to TensorBoard at the current epoch."""
-        if self._now.running:
-            self._now.scalars[name] = checks.scalar("`log` got", name, value)
-        else:
-            self._claim_log_dir()
-            self._events.scalars("train", self.epochs, {name: float(value)})
-
-    def log_image(self, name: str, images: Any, every: int = 1000, max_outputs: int = 3) -> None:
-        """Shows images in TensorBoard: of the running step, or, outside of a step, of the current epoch.
-
-        Args:
-            name: The tag.
-            images: Shape (n, height, width, channels), 1, 3 or 4 channels; uint8, or floating from 0 to 1.
-            every: In a step: it is written at the steps 1, 1 + every, 1 + 2·every, …
-            max_outputs: How many of the n are written at most.
-        """
-        checks.positive(every=every, max_outputs=max_outputs)
-        images = checks.images(name, images)[:max_outputs]
-        if self._now.running:
-            self._now.images[name] = images
-            self._now.image_every[name] = every
-        else:
-            self._claim_log_dir()
-            files = [tf.io.encode_png(image).numpy() for image in images]
-            self._events.images("train", self.epochs, {name: files})
-
-    def log_hparams(self, hparams: dict[str, Any]) -> None:
-        """Shows hyperparameters in TensorBoard's HPARAMS tab, beside the last value of each scalar of the run.
-
-        Those of several calls are shown together, and of one name the last; a TensorBoard that has already read the
-        run shows it once it is started anew. It must look at a folder above `log_dir` to find the scalars.
-
-        Args:
-            hparams: By name: bool, int, float or str. A scalar array or variable becomes its value, anything else
-                its `str`.
-
-        Raises:
-            ValueError: `log_dir` holds another run.
-        """
-        self._claim_log_dir()
-        self._events.hparams(hparams)
-
-    def log_embeddings(self, name: str, vectors: Any, labels: Any = None, images: Any = None) -> None:
-        """Shows vectors in TensorBoard's PROJECTOR tab, in place of earlier ones of that name.
-
-        A TensorBoard that has already read the run shows them once it is started anew.
-
-        Args:
-            name: What the tab calls them; `&`, `#`, `+` and `%` become `_`.
-            vectors: Numbers, shape (n, d).
-            labels: n strings or numbers, to be shown at the points.
-            images: uint8, shape (n, height, width) or (n, height, width, channels), 1 or 3 channels, to be drawn at the
-                points. Together, in ceil(sqrt(n)) rows and columns, they may have 8192x8192 pixels.
-
-        Raises:
-            ValueError: An argument of another shape or dtype, too many pixels, or `log_dir` holds another run.
-        """
-        embeddings = projector.checked(name, vectors, labels, images)
-        self._claim_log_dir()
-        self._events.embeddings("train", embeddings)
-
     # Within.
-
-    def _claim_log_dir(self) -> None:
-        """Refuses a folder that another trainer has written to."""
-        if self.log_dir is not None and not self._events.begun:
-            checks.no_other_run(self.log_dir)
 
     def _batches(
         self,

@@ -1,0 +1,98 @@
+"""What a trainer tells TensorBoard beside the values that its steps return."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from looplab import checks, projector
+from looplab.steps import Steps
+from looplab.summaries import RunWriter
+
+
+class Logs(Steps):
+    """Steps that can log scalars and images, and a run that can log what belongs to the whole of it."""
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        loss: Any,
+        loss_weights: Any,
+        metrics: Any,
+        seed: int | None,
+        log_dir: str | Path | None,
+    ):
+        super().__init__(model, optimizer, loss, loss_weights, metrics, seed)
+        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.epochs = 0
+        self._events = RunWriter(self.log_dir)
+
+    def log(self, name: str, value: Any) -> None:
+        """Adds a scalar to those of the running step, or, outside of a step, to TensorBoard at the current epoch."""
+        if self._now.running:
+            self._now.scalars[name] = checks.scalar("`log` got", name, value)
+        else:
+            self._claim_log_dir()
+            self._events.scalars("train", self.epochs, {name: float(value)})
+
+    def log_image(self, name: str, images: Any, every: int = 1000, max_outputs: int = 3) -> None:
+        """Shows images in TensorBoard: of the running step, or, outside of a step, of the current epoch.
+
+        Args:
+            name: The tag.
+            images: Shape (n, height, width, channels), 1, 3 or 4 channels; uint8, or floating from 0 to 1.
+            every: In a step: it is written at the steps 1, 1 + every, 1 + 2·every, …
+            max_outputs: How many of the n are written at most.
+        """
+        checks.positive(every=every, max_outputs=max_outputs)
+        images = checks.images(name, images)[:max_outputs]
+        if self._now.running:
+            self._now.images[name] = images
+            self._now.image_every[name] = every
+        else:
+            self._claim_log_dir()
+            files = [tf.io.encode_png(image).numpy() for image in images]
+            self._events.images("train", self.epochs, {name: files})
+
+    def log_hparams(self, hparams: dict[str, Any]) -> None:
+        """Shows hyperparameters in TensorBoard's HPARAMS tab, beside the last value of each scalar of the run.
+
+        Those of several calls are shown together, and of one name the last; a TensorBoard that has already read the
+        run shows it once it is started anew. It must look at a folder above `log_dir` to find the scalars.
+
+        Args:
+            hparams: By name: bool, int, float or str. A scalar array or variable becomes its value, anything else
+                its `str`.
+
+        Raises:
+            ValueError: `log_dir` holds another run.
+        """
+        self._claim_log_dir()
+        self._events.hparams(hparams)
+
+    def log_embeddings(self, name: str, vectors: Any, labels: Any = None, images: Any = None) -> None:
+        """Shows vectors in TensorBoard's PROJECTOR tab, in place of earlier ones of that name.
+
+        A TensorBoard that has already read the run shows them once it is started anew.
+
+        Args:
+            name: What the tab calls them; `&`, `#`, `+` and `%` become `_`.
+            vectors: Numbers, shape (n, d).
+            labels: n strings or numbers, to be shown at the points.
+            images: uint8, shape (n, height, width) or (n, height, width, channels), 1 or 3 channels, to be drawn at the
+                points. Together, in ceil(sqrt(n)) rows and columns, they may have 8192x8192 pixels.
+
+        Raises:
+            ValueError: An argument of another shape or dtype, too many pixels, or `log_dir` holds another run.
+        """
+        embeddings = projector.checked(name, vectors, labels, images)
+        self._claim_log_dir()
+        self._events.embeddings("train", embeddings)
+
+    def _claim_log_dir(self) -> None:
+        """Refuses a folder that another trainer has written to."""
+        if self.log_dir is not None and not self._events.begun:
+            checks.no_other_run(self.log_dir)
