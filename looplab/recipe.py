@@ -61,13 +61,17 @@ class Recipe:
         )
 
     def build(self, weights: str | Path | None = None) -> None:
-        """Makes all variables, without training, and reads the weights from a file."""
-        self.trainer.build(*self._training_data())
+        """Makes all weights, without training, and reads them from a file."""
+        if self.predict is not None and self.data is not None:
+            self.predict(self.data.x_train[:1])  # a fraction of what it takes to trace a training step
+        else:
+            self.trainer.build(*self._training_data())
         if weights is not None:
             try:
                 self.trainer.load_weights(weights)
             except (ValueError, OSError) as error:
-                raise UsageError(f"`weights` {weights} does not fit this recipe's models: {error}") from error
+                reason = str(error).partition("\n")[0]
+                raise UsageError(f"`weights` {weights} does not fit this recipe's models: {reason}") from error
 
     def _training_data(self) -> tuple[Any, Any, Any]:
         parts = self.train if isinstance(self.train, tuple) else (self.train,)

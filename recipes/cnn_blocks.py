@@ -16,8 +16,8 @@ class CNNBlocks(keras.Model):
 
     def __init__(self, classes=10, filters=(32, 64, 128), name="cnn_blocks", **kwargs):
         super().__init__(name=name, **kwargs)
-        self.blocks = [ConvBlock(count, name=f"block_{count}") for count in filters]
-        self.flatten = layers.Flatten(name="flatten")
+        self.blocks = [ConvBlock(count, dtype=self.dtype_policy, name=f"block_{count}") for count in filters]
+        self.flatten = layers.Flatten(dtype=self.dtype_policy, name="flatten")
         self.classifier = layers.Dense(classes, dtype="float32", name="classes")
 
     def call(self, images):

@@ -16,10 +16,13 @@ class ConvBlock(layers.Layer):
         self, filters, kernel_size=3, strides=1, padding="same", kernel_initializer="glorot_uniform", **kwargs
     ):
         super().__init__(**kwargs)
-        self.convolution = layers.Conv2D(
-            filters, kernel_size, strides, padding, kernel_initializer=kernel_initializer, name="convolution"
-        )
-        self.normalization = layers.BatchNormalization(name="normalization")
+        options = {"kernel_initializer": kernel_initializer, "dtype": self.dtype_policy, "name": "convolution"}
+        self.convolution = layers.Conv2D(filters, kernel_size, strides, padding, **options)
+        self.normalization = layers.BatchNormalization(dtype=self.dtype_policy, name="normalization")
+
+    def build(self, input_shape):
+        self.convolution.build(input_shape)
+        self.normalization.build(self.convolution.compute_output_shape(input_shape))
 
     def call(self, images):
         return ops.relu(self.normalization(self.convolution(images)))

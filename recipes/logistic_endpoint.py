@@ -32,7 +32,7 @@ class LogisticRegression(keras.Model):
 
     def __init__(self, classes=10, name="logistic_regression", **kwargs):
         super().__init__(name=name, **kwargs)
-        self.dense = layers.Dense(classes, name="dense")
+        self.dense = layers.Dense(classes, dtype=self.dtype_policy, name="dense")
         self.endpoint = LogisticEndpoint(name="endpoint", dtype="float32")
 
     def call(self, batch):

@@ -19,8 +19,9 @@ class InceptionModule(layers.Layer):
 
     def __init__(self, filters_1x1, filters_3x3, kernel_initializer="glorot_uniform", **kwargs):
         super().__init__(**kwargs)
-        self.small = ConvBlock(filters_1x1, 1, kernel_initializer=kernel_initializer, name="1x1")
-        self.large = ConvBlock(filters_3x3, 3, kernel_initializer=kernel_initializer, name="3x3")
+        options = {"kernel_initializer": kernel_initializer, "dtype": self.dtype_policy}
+        self.small = ConvBlock(filters_1x1, 1, **options, name="1x1")
+        self.large = ConvBlock(filters_3x3, 3, **options, name="3x3")
 
     def call(self, images):
         return ops.concatenate([self.small(images), self.large(images)], axis=-1)
@@ -32,8 +33,9 @@ class DownsampleModule(layers.Layer):
 
     def __init__(self, filters, kernel_initializer="glorot_uniform", **kwargs):
         super().__init__(**kwargs)
-        self.convolution = ConvBlock(filters, 3, 2, "valid", kernel_initializer, name="convolution")
-        self.pooling = layers.MaxPooling2D(3, 2, name="pooling")
+        dtype = self.dtype_policy
+        self.convolution = ConvBlock(filters, 3, 2, "valid", kernel_initializer, dtype=dtype, name="convolution")
+        self.pooling = layers.MaxPooling2D(3, 2, dtype=dtype, name="pooling")
 
     def call(self, images):
         return ops.concatenate([self.convolution(images), self.pooling(images)], axis=-1)
@@ -45,7 +47,7 @@ class MiniInception(keras.Model):
 
     def __init__(self, classes=10, kernel_initializer="glorot_uniform", name="mini_inception", **kwargs):
         super().__init__(name=name, **kwargs)
-        options = {"kernel_initializer": kernel_initializer}
+        options = {"kernel_initializer": kernel_initializer, "dtype": self.dtype_policy}
         self.blocks = [
             ConvBlock(96, 3, **options, name="first"),
             *(InceptionModule(a, b, **options, name=f"inception_1_{a}_{b}") for a, b in [(32, 32), (32, 48)]),
@@ -56,8 +58,8 @@ class MiniInception(keras.Model):
             ),
             DownsampleModule(96, **options, name="downsample_2"),
             *(InceptionModule(176, 160, **options, name=f"inception_3_{number}") for number in (1, 2)),
-            layers.AveragePooling2D(7, name="pooling"),
-            layers.Flatten(name="flatten"),
+            layers.AveragePooling2D(7, dtype=self.dtype_policy, name="pooling"),
+            layers.Flatten(dtype=self.dtype_policy, name="flatten"),
             layers.Dense(classes, "softmax", dtype="float32", name="classes"),
         ]
 

@@ -16,20 +16,21 @@ class MiniVGGNet(keras.Model):
 
     def __init__(self, classes=10, filters=(32, 32), units=512, dropout=0.5, name="mini_vggnet", **kwargs):
         super().__init__(name=name, **kwargs)
-        self.stages = [self._stage(count) for count in filters]
-        self.flatten = layers.Flatten()
-        self.dense = layers.Dense(units, "relu")
-        self.normalization = layers.BatchNormalization()
-        self.dropout = layers.Dropout(dropout)
+        options = {"dtype": self.dtype_policy}
+        self.stages = [self._stage(count, options) for count in filters]
+        self.flatten = layers.Flatten(**options)
+        self.dense = layers.Dense(units, "relu", **options)
+        self.normalization = layers.BatchNormalization(**options)
+        self.dropout = layers.Dropout(dropout, **options)
         self.classifier = layers.Dense(classes, "softmax", dtype="float32")
 
-    def _stage(self, filters):
+    def _stage(self, filters, options):
         return [
-            layers.Conv2D(filters, 3, padding="same", activation="relu"),
-            layers.BatchNormalization(),
-            layers.Conv2D(filters, 3, padding="same", activation="relu"),
-            layers.BatchNormalization(),
-            layers.MaxPooling2D(2),
+            layers.Conv2D(filters, 3, padding="same", activation="relu", **options),
+            layers.BatchNormalization(**options),
+            layers.Conv2D(filters, 3, padding="same", activation="relu", **options),
+            layers.BatchNormalization(**options),
+            layers.MaxPooling2D(2, **options),
         ]
 
     def call(self, images):

@@ -23,11 +23,13 @@ class PreActBlock(layers.Layer):
 
     def __init__(self, filters, strides=1, **kwargs):
         super().__init__(**kwargs)
-        self.norm_1, self.conv_1 = layers.BatchNormalization(), convolution(filters, strides=strides)
-        self.norm_2, self.conv_2 = layers.BatchNormalization(), convolution(filters)
+        options = {"dtype": self.dtype_policy}
+        self.norm_1, self.conv_1 = layers.BatchNormalization(**options), convolution(filters, 3, strides, **options)
+        self.norm_2, self.conv_2 = layers.BatchNormalization(**options), convolution(filters, **options)
         self.shortcut = []
         if strides > 1:
-            self.shortcut = [layers.BatchNormalization(), layers.ReLU(), convolution(filters, 1, strides)]
+            normalization, relu = layers.BatchNormalization(**options), layers.ReLU(**options)
+            self.shortcut = [normalization, relu, convolution(filters, 1, strides, **options)]
 
     def call(self, images):
         x = self.conv_1(ops.relu(self.norm_1(images)))
@@ -43,14 +45,15 @@ class PreActResNet(keras.Model):
 
     def __init__(self, blocks=(2, 2, 2), classes=10, filters=16, name="preact_resnet", **kwargs):
         super().__init__(name=name, **kwargs)
-        self.first = convolution(filters, name="first")
-        self.blocks = [
-            PreActBlock(filters * 2**stage, 2 if stage > 0 and block == 0 else 1, name=f"stage_{stage + 1}_{block + 1}")
-            for stage, count in enumerate(blocks)
-            for block in range(count)
-        ]
-        self.normalization = layers.BatchNormalization(name="normalization")
-        self.average = layers.GlobalAveragePooling2D(name="average")
+        options = {"dtype": self.dtype_policy}
+        self.first = convolution(filters, **options, name="first")
+        self.blocks = []
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                strides, name = 2 if stage > 0 and block == 0 else 1, f"stage_{stage + 1}_{block + 1}"
+                self.blocks.append(PreActBlock(filters * 2**stage, strides, **options, name=name))
+        self.normalization = layers.BatchNormalization(**options, name="normalization")
+        self.average = layers.GlobalAveragePooling2D(**options, name="average")
         self.classifier = layers.Dense(classes, dtype="float32", name="classes")
 
     def call(self, images):

@@ -17,11 +17,12 @@ class ResBlock(layers.Layer):
     def __init__(self, filters, **kwargs):
         super().__init__(**kwargs)
         first, second, third = filters
-        self.first = ConvBlock(first, name="first")
-        self.second = ConvBlock(second, name="second")
-        self.third = ConvBlock(third, name="third")
-        self.identity = layers.Conv2D(second, 1, name="identity")
-        self.pooling = layers.MaxPooling2D(2, name="pooling")
+        options = {"dtype": self.dtype_policy}
+        self.first = ConvBlock(first, **options, name="first")
+        self.second = ConvBlock(second, **options, name="second")
+        self.third = ConvBlock(third, **options, name="third")
+        self.identity = layers.Conv2D(second, 1, **options, name="identity")
+        self.pooling = layers.MaxPooling2D(2, **options, name="pooling")
 
     def call(self, images):
         x = self.second(self.first(images))
@@ -40,8 +41,9 @@ class ResNetLike(keras.Model):
         **kwargs,
     ):
         super().__init__(name=name, **kwargs)
-        self.blocks = [ResBlock(counts, name=f"block_{index}") for index, counts in enumerate(filters, 1)]
-        self.average = layers.GlobalAveragePooling2D(name="average")
+        options = {"dtype": self.dtype_policy}
+        self.blocks = [ResBlock(counts, **options, name=f"block_{index}") for index, counts in enumerate(filters, 1)]
+        self.average = layers.GlobalAveragePooling2D(**options, name="average")
         self.classifier = layers.Dense(classes, dtype="float32", name="classes")
 
     def call(self, images):

@@ -12,16 +12,16 @@ import looplab
 from looplab.recipes.images import classifier
 
 
-def parts(classes=10):
+def parts(classes=10, **options):
     """The layers, in the order in which they come."""
     return [
-        layers.Conv2D(32, 3, 2, activation="relu", name="conv_1"),
-        layers.MaxPooling2D(3, name="pooling"),
-        layers.BatchNormalization(name="normalization_1"),
-        layers.Conv2D(64, 3, activation="relu", name="conv_2"),
-        layers.BatchNormalization(name="normalization_2"),
-        layers.Dropout(0.3, name="dropout"),
-        layers.GlobalAveragePooling2D(name="average"),
+        layers.Conv2D(32, 3, 2, activation="relu", **options, name="conv_1"),
+        layers.MaxPooling2D(3, **options, name="pooling"),
+        layers.BatchNormalization(**options, name="normalization_1"),
+        layers.Conv2D(64, 3, activation="relu", **options, name="conv_2"),
+        layers.BatchNormalization(**options, name="normalization_2"),
+        layers.Dropout(0.3, **options, name="dropout"),
+        layers.GlobalAveragePooling2D(**options, name="average"),
         layers.Dense(classes, dtype="float32", name="classes"),
     ]
 
@@ -45,7 +45,7 @@ class Subclass(keras.Model):
 
     def __init__(self, name="subclass", **kwargs):
         super().__init__(name=name, **kwargs)
-        self.parts = parts()
+        self.parts = parts(dtype=self.dtype_policy)
 
     def call(self, x):
         for layer in self.parts:

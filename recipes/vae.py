@@ -39,18 +39,18 @@ class KLDivergence(layers.Layer):
         return mean, log_variance
 
 
-def encoder(pixels, hidden, latent_dim):
+def encoder(pixels, hidden, latent_dim, **options):
     """From images (batch, pixels) in [0, 1] to the mean and the log-variance of a normal distribution."""
     images = layers.Input((pixels,))
-    x = layers.Dense(hidden, "relu", name="hidden")(images)
-    mean, log_variance = (layers.Dense(latent_dim, name=name)(x) for name in ("mean", "log_variance"))
-    return keras.Model(images, [mean, log_variance], name="encoder")
+    x = layers.Dense(hidden, "relu", **options, name="hidden")(images)
+    moments = [layers.Dense(latent_dim, **options, name=name)(x) for name in ("mean", "log_variance")]
+    return keras.Model(images, moments, name="encoder")
 
 
-def decoder(pixels, hidden, latent_dim):
+def decoder(pixels, hidden, latent_dim, **options):
     """And back from a draw of it."""
-    hidden, pixels = layers.Dense(hidden, "relu", name="hidden"), layers.Dense(pixels, "sigmoid", name="pixels")
-    return keras.Sequential([layers.Input((latent_dim,)), hidden, pixels], name="decoder")
+    inner = [layers.Input((latent_dim,)), layers.Dense(hidden, "relu", **options, name="hidden")]
+    return keras.Sequential([*inner, layers.Dense(pixels, "sigmoid", dtype="float32", name="pixels")], name="decoder")
 
 
 @keras.saving.register_keras_serializable("looplab")
@@ -59,10 +59,10 @@ class VAE(keras.Model):
 
     def __init__(self, pixels=784, hidden=64, latent_dim=32, kl_weight=1.0, name="vae", **kwargs):
         super().__init__(name=name, **kwargs)
-        self.encoder = encoder(pixels, hidden, latent_dim)
-        self.kl = KLDivergence(kl_weight, name="kl")
-        self.sampling = Sampling(name="sampling")
-        self.decoder = decoder(pixels, hidden, latent_dim)
+        self.encoder = encoder(pixels, hidden, latent_dim, dtype=self.dtype_policy)
+        self.kl = KLDivergence(kl_weight, dtype=self.dtype_policy, name="kl")
+        self.sampling = Sampling(dtype=self.dtype_policy, name="sampling")
+        self.decoder = decoder(pixels, hidden, latent_dim, dtype=self.dtype_policy)
 
     def call(self, images):
         return self.decoder(self.sampling(*self.kl(*self.encoder(images))))
@@ -92,8 +92,7 @@ def vae(
         api: how the model is written
         hidden: units of the layer between pixels and latent space, on both sides
         latent_dim: dimensions of the latent space
-        kl_weight: of the KL divergence; at 1, as published, it leaves the latent space unused, and each image comes
-            back as the mean of all; 0.01 draws digits
+        kl_weight: of the KL divergence; 1, as published, leaves the latent space unused; 0.01 draws digits
         learning_rate: of Adam
         epochs: passes over the training images
         batch_size: images in a step
@@ -105,16 +104,13 @@ def vae(
     trainer = looplab.Trainer(model, optimizer=keras.optimizers.Adam(learning_rate), loss="mse", **trainer_options)
     latent = np.random.default_rng(0).normal(size=(100, latent_dim)).astype("float32")
 
-    def picture(pixels):
-        return looplab.callbacks.tile(np.uint8(pixels * 255).reshape(-1, 28, 28, 1), columns=10)
-
     def draw():
         pairs = np.concatenate([test[:10], trainer.predict(test[:10], verbose=0)])
-        return {"reconstructions": picture(pairs), "prior": picture(model.get_layer("decoder")(latent).numpy())}
+        rows = {"reconstructions": pairs, "prior": model.get_layer("decoder")(latent).numpy()}
+        return {name: looplab.callbacks.tile(np.uint8(x * 255).reshape(-1, 28, 28, 1), 10) for name, x in rows.items()}
 
     def embed(logs):
-        means, _ = model.get_layer("encoder")(test)
-        trainer.log_embeddings("latent", means, arrays.y_test, arrays.x_test)
+        trainer.log_embeddings("latent", model.get_layer("encoder")(test)[0], arrays.y_test, arrays.x_test)
 
     callbacks = [looplab.callbacks.Pictures(draw), keras.callbacks.LambdaCallback(on_train_end=embed)]
     return looplab.Recipe(trainer, (train, train), (validation, validation), epochs, batch_size, callbacks, arrays)
