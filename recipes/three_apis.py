@@ -3,6 +3,7 @@
 TIME
 """
 
+import math
 from typing import Literal
 
 import keras
@@ -56,7 +57,7 @@ class Subclass(keras.Model):
 def three_apis(
     data: looplab.Data = looplab.Data("mnist"),
     api: Literal["sequential", "functional", "subclass"] = "sequential",
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-2,
     epochs: int = 1,
     batch_size: int = 128,
     **trainer_options,
@@ -65,13 +66,14 @@ def three_apis(
 
     Args:
         api: which way
-        learning_rate: of Adam
+        learning_rate: of Adam, at the first step; it falls to 0
         epochs: passes over the training images
         batch_size: images in a step
     """
     model = {"sequential": sequential, "functional": functional, "subclass": Subclass}[api]()
-    optimizer = keras.optimizers.Adam(learning_rate)
     arrays = data.load((28, 28, 3))
+    steps = epochs * math.ceil(len(arrays.x_train) / batch_size)
+    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
     return classifier(model, arrays, epochs, batch_size, from_logits=True, optimizer=optimizer, **trainer_options)
 
 

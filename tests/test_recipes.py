@@ -344,13 +344,6 @@ def test_exported_model_gives_the_same_bits_elsewhere(case, served):
         np.testing.assert_array_equal(*served[case])
 
 
-def test_exported_endpoint_needs_no_targets(trained, tmp_path):
-    recipe = trained("logistic_endpoint").recipe
-    recipe.trainer.export(tmp_path / "exported", verbose=False)
-    exported, x = tf.saved_model.load(tmp_path / "exported"), inputs_of(recipe)
-    np.testing.assert_array_equal(exported.serve(x), recipe.trainer.model(x))
-
-
 @pytest.mark.parametrize("name", ["three_apis --api subclass", "vae", "cnn_blocks"])
 def test_weights_into_a_model_that_is_not_built(name, trained):
     run = trained(name)
