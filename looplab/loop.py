@@ -109,18 +109,20 @@ class Loop:
         """One step on all replicas: the count of examples, and float64 means weighed by it."""
 
         def replica_step(batch, number):
-            weight = tf.cast(_examples(batch), tf.float64)
             logs = self._step(batch, number)
             self._scalar_names, self._image_names = list(logs.scalars), list(logs.images)
             # In float64 the product with a count, and the quotient, are exact: one replica's float32 comes back as
             # it was. Sums, because in a ragged last batch a replica may have no rows, and then no mean.
-            sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
-            sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
+            with tf.name_scope("logs"):
+                weight = tf.cast(_examples(batch), tf.float64)
+                sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
+                sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
             return weight, sums, logs.images
 
         weight, sums, images = self._strategy.run(replica_step, (batch, number))
-        total = self._strategy.reduce("SUM", weight, axis=None)
-        means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
+        with tf.name_scope("logs"):
+            total = self._strategy.reduce("SUM", weight, axis=None)
+            means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
         images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
         return total, StepLogs(means, images)
 

@@ -7,7 +7,7 @@ import keras
 from keras import layers
 
 import looplab
-from looplab.recipes.images import ConvBlock, classifier
+from looplab.recipes.images import ConvBlock, classifier, falling_adam
 
 
 @keras.saving.register_keras_serializable("looplab")
@@ -36,12 +36,12 @@ def cnn_blocks(
     """Three convolutional blocks, of 1.1 million parameters, on handwritten digits.
 
     Args:
-        learning_rate: of Adam
+        learning_rate: of Adam, at the first step; it falls to 0
         epochs: passes over the training images
         batch_size: images in a step
     """
-    optimizer = keras.optimizers.Adam(learning_rate)
     arrays = data.load((28, 28, 1))
+    optimizer = falling_adam(learning_rate, arrays, epochs, batch_size)
     return classifier(CNNBlocks(), arrays, epochs, batch_size, from_logits=True, optimizer=optimizer, **trainer_options)
 
 

@@ -63,6 +63,12 @@ def heavy_augmentation():
     ]
 
 
+def falling_adam(learning_rate, data, epochs, batch_size):
+    """Adam, with a learning rate that falls to 0 over the whole run, along a cosine."""
+    steps = epochs * math.ceil(len(data.x_train) / batch_size)
+    return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
+
+
 def classifier(model, data, epochs, batch_size, loss=None, from_logits=False, augmentation=(), **trainer_options):
     """The recipe of a model that tells the class of images of `data`, as probabilities or as logits."""
     loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits)

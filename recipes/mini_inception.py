@@ -87,17 +87,15 @@ def mini_inception(
         learning_rate: of Adam; at the peak, of SGD (default: 0.001; fast: 0.1)
     """
     arrays = data.load((32, 32, 3))
+    defaults = {"published": (20, 256, 1e-3), "fast": (10, 128, 0.1)}[plan]
+    given = zip((epochs, batch_size, learning_rate), defaults, strict=True)
+    epochs, batch_size, rate = (default if value is None else value for value, default in given)
     if plan == "published":
-        optimizer = keras.optimizers.Adam(learning_rate or 1e-3)
-        return classifier(
-            MiniInception(), arrays, epochs or 20, batch_size or 256, optimizer=optimizer, **trainer_options
-        )
-    epochs, batch_size = epochs or 10, batch_size or 128
+        optimizer = keras.optimizers.Adam(rate)
+        return classifier(MiniInception(), arrays, epochs, batch_size, optimizer=optimizer, **trainer_options)
     steps = epochs * math.ceil(len(arrays.x_train) / batch_size)
     rising = steps // 5
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - rising, warmup_target=learning_rate or 0.1, warmup_steps=rising
-    )
+    schedule = keras.optimizers.schedules.CosineDecay(0.0, steps - rising, warmup_target=rate, warmup_steps=rising)
     # Keras subtracts the decay from the weights themselves, so with momentum it is ten times what papers give.
     optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=5e-3)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])

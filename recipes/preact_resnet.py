@@ -7,7 +7,7 @@ import keras
 from keras import layers, ops
 
 import looplab
-from looplab.recipes.images import classifier
+from looplab.recipes.images import classifier, falling_adam
 
 
 def convolution(filters, kernel_size=3, strides=1, **options):
@@ -73,12 +73,12 @@ def preact_resnet(
     """A pre-activation ResNet of 14 layers, of 180 thousand parameters, on handwritten digits.
 
     Args:
-        learning_rate: of Adam
+        learning_rate: of Adam, at the first step; it falls to 0
         epochs: passes over the training images
         batch_size: images in a step
     """
-    optimizer = keras.optimizers.Adam(learning_rate)
     arrays = data.load((28, 28, 1))
+    optimizer = falling_adam(learning_rate, arrays, epochs, batch_size)
     return classifier(
         PreActResNet(), arrays, epochs, batch_size, from_logits=True, optimizer=optimizer, **trainer_options
     )

@@ -3,14 +3,13 @@
 TIME
 """
 
-import math
 from typing import Literal
 
 import keras
 from keras import layers
 
 import looplab
-from looplab.recipes.images import classifier
+from looplab.recipes.images import classifier, falling_adam
 
 
 def parts(classes=10, **options):
@@ -72,8 +71,7 @@ def three_apis(
     """
     model = {"sequential": sequential, "functional": functional, "subclass": Subclass}[api]()
     arrays = data.load((28, 28, 3))
-    steps = epochs * math.ceil(len(arrays.x_train) / batch_size)
-    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
+    optimizer = falling_adam(learning_rate, arrays, epochs, batch_size)
     return classifier(model, arrays, epochs, batch_size, from_logits=True, optimizer=optimizer, **trainer_options)
 
 

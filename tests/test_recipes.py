@@ -592,6 +592,18 @@ def test_augmentation_follows_the_seed_and_not_the_length_of_loops(tmp_path):
 # Validation on a part of the training images, and the list of recipes.
 
 
+def test_the_fast_plan_rises_and_falls_over_the_whole_run():
+    recipe = RECIPES["mini_inception"](data=looplab.Data("digits", limit=256), plan="fast", epochs=5)
+    optimizer = recipe.trainer.optimizer
+    rates = []
+    for step in range(11):  # ten steps of 128 images
+        optimizer.iterations.assign(step)
+        rates.append(float(optimizer.learning_rate))
+    assert rates[:3] == pytest.approx([0, 0.05, 0.1])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[10] == pytest.approx(0)
+
+
 def test_validation_split_leaves_the_test_images_for_the_report(tmp_path):
     data = looplab.Data("digits", limit=200, validation_split=0.25)
     recipe = looplab.run(RECIPES["mlp"], data=data, epochs=1, log_dir=tmp_path / "run", verbose=0)
