@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -119,3 +120,16 @@ def images(name: str, value: Any) -> tf.Tensor:
             f"{tensor.shape} came."
         )
     return tensor if tensor.dtype == tf.uint8 else tf.image.convert_image_dtype(tensor, tf.uint8, saturate=True)
+
+
+def classified_images(arrays: Any) -> None:
+    """The data of a recipe that has `predict`: uint8 images, and a whole number for each that is one of the classes."""
+    if arrays is None:
+        raise ValueError("`data` of a recipe with `predict` must be the images and labels to report on; None came.")
+    for part in ("train", "test"):
+        x, y = getattr(arrays, f"x_{part}"), getattr(arrays, f"y_{part}")
+        if x.dtype != np.uint8 or not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
+            raise ValueError(
+                f"`data` of a recipe with `predict` must have uint8 images and one whole number for each; x_{part} of "
+                f"{x.dtype} {x.shape} with y_{part} of {y.dtype} {y.shape} came. Scale images within the trainer."
+            )

@@ -33,12 +33,12 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
     groups = _add_recipe_flags(parser, recipe)
     _add_common_flags(parser)
     options = vars(parser.parse_args(argv))
-    for name, (group, fields) in groups.items():
-        options[name] = group(**{field: options.pop(field) for field in fields})
     pictures, summary = options.pop("predict", None), options.pop("summary")
     if pictures and "weights" not in options:
         parser.error("--predict needs --weights FILE: the model.weights.h5 that a run left")
     try:
+        for name, (group, fields) in groups.items():
+            options[name] = group(**{field: options.pop(field) for field in fields if field in options})
         if summary:
             summarize(recipe, **_without_run(options, "weights"))
         elif pictures:
@@ -127,6 +127,8 @@ def _add_recipe_flags(
 
 def _add_flag(flags: Any, name: str, kind: Any, default: Any, text: str) -> None:
     flag = f"--{name.replace('_', '-')}"
+    if default is None:  # the docstring tells what happens then
+        default = argparse.SUPPRESS
     text = text.replace("%", "%%") or "(default: %(default)s)"
     if default is inspect.Parameter.empty:
         flags.add_argument(flag, type=kind, required=True, metavar=kind.__name__.upper(), help=text)

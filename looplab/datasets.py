@@ -94,6 +94,8 @@ class Data:
             DataError: The folder has no such file, the file is damaged or holds something else, or
                 `validation_split` leaves nothing.
         """
+        if min(shape) < 1:
+            raise DataError(f"Images must have at least one pixel; {'×'.join(map(str, shape))} came.")
         folder = self.data_dir or os.environ.get("LOOPLAB_DATA_DIR")
         name, fallback = self.dataset, None
         if name == "digits":

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import tensorflow as tf
 
 from looplab import report
 from looplab.datasets import Arrays, Data
+
+RUN_FILES = ("config.json", "history.json", "timings.json", "model.weights.h5", "report.txt", "report.json")
 
 
 class RunFolder:
@@ -90,6 +93,10 @@ def _environment(recipe: Callable) -> dict[str, Any]:
     except OSError:  # no git here
         revision = None
     versions = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__}
+    try:
+        versions["looplab"] = metadata.version("looplab")
+    except metadata.PackageNotFoundError:  # it runs from a folder, not installed
+        versions["looplab"] = "not installed"
     return {
         "versions": versions | {"numpy": np.__version__},
         "git_revision": revision,

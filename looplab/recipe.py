@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from looplab import checks, report
 from looplab.datasets import Arrays, Data, Unread, read_picture
-from looplab.folder import RunFolder, read_config, write_png
+from looplab.folder import RUN_FILES, RunFolder, read_config, write_png
 from looplab.trainer import Trainer
 
 
@@ -46,6 +47,10 @@ class Recipe:
     """For a classifier of the images of `data`: from images as they are there to a probability for each class, shape
     (n, classes). With it a run ends with a report on the test images, and `--predict` takes pictures."""
 
+    def __post_init__(self) -> None:
+        if self.predict is not None:
+            checks.classified_images(self.data)
+
     def fit(self, verbose: int | str = "auto") -> keras.callbacks.History:
         """Trains it."""
         x, y, sample_weight = self._training_data()
@@ -68,9 +73,10 @@ class Recipe:
             self.trainer.build(*self._training_data())
         if weights is not None:
             try:
-                self.trainer.load_weights(weights)
-            except (ValueError, OSError) as error:
-                reason = str(error).partition("\n")[0]
+                with warnings.catch_warnings(action="error"):  # Keras only warns where a part of the file is left out
+                    self.trainer.load_weights(weights)
+            except (ValueError, OSError, UserWarning) as error:
+                reason = " ".join(str(error).split())[:300]
                 raise UsageError(f"`weights` {weights} does not fit this recipe's models: {reason}") from error
 
     def _training_data(self) -> tuple[Any, Any, Any]:
@@ -109,8 +115,12 @@ def run(
         ready = _make(recipe, seed, log_dir=folder.path, **options)
         if weights is not None:
             ready.build(weights)
+        checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
         config = {**_defaults(recipe), **options, "seed": seed, "precision": precision, "weights": weights}
-        folder.write_config({"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config}, recipe, ready.data)
+        config |= {"epochs": ready.epochs, "batch_size": ready.batch_size}  # where a recipe chose them
+        optimizers = {path: optimizer.get_config() for path, optimizer in ready.trainer.optimizers.items()}
+        told = {"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config, "optimizers": optimizers}
+        folder.write_config(told, recipe, ready.data)
         ready.trainer.log_hparams(_flat(config))
         if report.missing():
             print("looplab: no report and no pictures at the end: pip install 'looplab[report]' adds them.", flush=True)
@@ -120,9 +130,12 @@ def run(
         seconds = folder.write_history(history, began, ready.trainer.steps)
         ready.trainer.save_weights(folder.path / "model.weights.h5")
         if not report.missing():
-            _report(ready, folder, history, plot)
-    print(f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}. To watch them:")
-    print(f"  tensorboard --logdir {folder.path.parent} --samples_per_plugin scalars=999999999")
+            text = _report(ready, folder, history, plot)
+            if text and verbose != 0:
+                print(text)
+    if verbose != 0:
+        print(f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}. To watch them:")
+        print(f"  tensorboard --logdir {folder.path.parent} --samples_per_plugin scalars=999999999")
     return ready
 
 
@@ -207,16 +220,22 @@ def _show_samples(ready: Recipe, folder: RunFolder) -> None:
     ready.trainer.log_image("samples", folder.write_picture("samples", picture)[None])
 
 
-def _report(ready: Recipe, folder: RunFolder, history: dict[str, list[float]], plot: str | Path | None) -> None:
-    """What the run came to: curves, and for a classifier how it does on the test images."""
+def _report(ready: Recipe, folder: RunFolder, history: dict[str, list[float]], plot: str | Path | None) -> str:
+    """What the run came to: curves, and for a classifier how it does on the test images, of which it returns a text."""
     curves = folder.write_picture("curves", report.draw_curves(history))
+    text = ""
+    if ready.predict is not None and ready.data is not None:
+        probabilities = np.asarray(ready.predict(ready.data.x_test))
+        if np.isfinite(probabilities).all():
+            made = folder.write_report(ready.data.y_test, probabilities, ready.data.classes)
+            picture = report.draw_confusion(made.confusion, ready.data.classes)
+            ready.trainer.log_image("confusion_matrix", folder.write_picture("confusion_matrix", picture)[None])
+            text = made.text
+        else:
+            text = "looplab: no report: not all predictions are finite numbers. The training has diverged."
     if plot is not None:
         write_png(Path(plot), curves)
-    if ready.predict is not None and ready.data is not None:
-        made = folder.write_report(ready.data.y_test, ready.predict(ready.data.x_test), ready.data.classes)
-        picture = report.draw_confusion(made.confusion, ready.data.classes)
-        ready.trainer.log_image("confusion_matrix", folder.write_picture("confusion_matrix", picture)[None])
-        print(made.text)
+    return text
 
 
 def _check_files(folder: Path, weights: str | Path | None, plot: str | Path | None) -> None:
@@ -225,13 +244,15 @@ def _check_files(folder: Path, weights: str | Path | None, plot: str | Path | No
         checks.no_other_run(folder)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if left := [name for name in RUN_FILES if (folder / name).exists()]:
+        raise UsageError(f"`log_dir` {folder} has the {', '.join(left)} of another run. Pass a new folder, or move it.")
     _check_writable("log_dir", folder)
     if weights is not None:
         _check_weights(weights)
     if plot is not None:
         if report.missing():
             raise UsageError("`plot` needs matplotlib and scikit-learn: pip install 'looplab[report]'.")
-        if not str(plot).endswith(".png"):
+        if not str(plot).endswith(".png") or Path(plot).is_dir():
             raise UsageError(f"`plot` must be a file whose name ends in .png; {plot} came.")
         _check_writable("plot", Path(plot))
 

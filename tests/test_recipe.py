@@ -325,7 +325,7 @@ def test_help_of_a_recipe_function_shows_types_defaults_and_docstring_lines(smal
     assert "\nLearns a line.\n" in stdout
     expected = [
         "--width INT of the one layer, at 100% of what is needed (default: 3)",
-        "--rate FLOAT of learning (default: None)",
+        "--rate FLOAT of learning --bias",  # None is no default to show
         "--bias, --no-bias (default: True)",
         "--kind {sgd,adam} which optimizer (default: sgd)",
         "--level {1,2} (default: 1)",

@@ -57,7 +57,7 @@ def trained(tmp_path_factory):
             return made[-1]
 
         folder = tmp_path_factory.mktemp("runs") / "run"
-        flags += f"--dataset digits --limit {LIMIT} --batch-size {BATCH_SIZE} --epochs 1 --verbose 0".split()
+        flags += f"--dataset digits --limit {LIMIT} --batch-size {BATCH_SIZE} --epochs 1".split()
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             looplab.main(recipe, [*flags, "--log-dir", str(folder), "--plot", str(folder.parent / "plot.png")])
         return types.SimpleNamespace(folder=folder, recipe=made[0], printed=printed.getvalue())
@@ -620,6 +620,56 @@ def test_validation_split_leaves_the_test_images_for_the_report(tmp_path):
     assert report["accuracy"] == pytest.approx(np.mean(probabilities.argmax(axis=1) == labels))
     told = recipe.trainer.evaluate(*recipe.validation, verbose=0)
     assert told["accuracy"] == pytest.approx(recipe.trainer.history.history["val_accuracy"][-1])
+
+
+def test_config_tells_what_the_plan_chose(trained):
+    config = json.loads((trained("mini_inception").folder / "config.json").read_text())
+    assert (config["epochs"], config["batch_size"]) == (1, BATCH_SIZE)
+    assert config["optimizers"]["optimizer"]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_diverged_training_is_told_and_not_reported_on(tmp_path, capsys):
+    flags = f"--dataset digits --limit 64 --epochs 1 --learning-rate nan --log-dir {tmp_path / 'run'}"
+    looplab.main(RECIPES["mlp"], flags.split())
+    assert "not all predictions are finite numbers. The training has diverged." in capsys.readouterr().out
+    assert not (tmp_path / "run" / "report.json").exists()
+    assert (tmp_path / "run" / "model.weights.h5").exists()
+
+
+def test_results_of_another_run_are_not_written_over(tmp_path, capsys):
+    (tmp_path / "history.json").write_text("precious")
+    with pytest.raises(SystemExit) as caught:
+        looplab.main(RECIPES["mlp"], ["--dataset", "digits", "--log-dir", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "has the history.json of another run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
+
+
+def test_verbose_0_prints_nothing(tmp_path, capfd):
+    options = {"data": looplab.Data("digits", limit=64), "epochs": 1, "log_dir": tmp_path / "run"}
+    looplab.run(RECIPES["mlp"], verbose=0, **options)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--validation-split 1.5", "--validation-split 0.999 --limit 4", "--plot .", "--limit 0"]
+)
+def test_what_cannot_be_is_one_clear_line(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        looplab.main(RECIPES["mlp"], [*flags.split(), "--dataset", "digits", "--log-dir", str(tmp_path / "run")])
+    assert caught.value.code == 2
+    assert re.search(r"error: .*(validation_split|plot|limit)", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_to_report_on_are_checked_before_anything_is_trained():
+    arrays = looplab.Data("digits", limit=4).load()
+    trainer = looplab.Trainer(keras.Sequential([keras.layers.Dense(1)]))
+    floats = arrays._replace(x_train=arrays.x_train / 255)
+    with pytest.raises(ValueError, match=r"must have uint8 images and one whole number for each; x_train of float64"):
+        looplab.Recipe(trainer, (floats.x_train, arrays.y_train), data=floats, predict=trainer.predict)
+    with pytest.raises(ValueError, match="must be the images and labels to report on; None came"):
+        looplab.Recipe(trainer, (arrays.x_train, arrays.y_train), predict=trainer.predict)
 
 
 def test_list_of_recipes(tmp_path):
