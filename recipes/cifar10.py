@@ -1,7 +1,6 @@
 """One training script for three nets on CIFAR-10, each written in another of Keras's ways.
 
-python -m looplab.recipes.cifar10 --model class --plot curves.png
-TIME
+python -m looplab.recipes.cifar10 --model sequential --epochs 2 --plot curves.png    as shallow_net: 28 s; 41.09%
 """
 
 from typing import Literal

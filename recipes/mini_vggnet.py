@@ -1,6 +1,6 @@
 """MiniVGGNet on CIFAR-10: two stages of two convolutions, as a subclassed model.
 
-TIME
+python -m looplab.recipes.mini_vggnet --epochs 1    1 minute on two cores; 47.12% of the test images (69.55% in 60)
 """
 
 import keras

