@@ -87,9 +87,13 @@ class Pictures(keras.callbacks.Callback):
             return
         for name, image in self._draw().items():
             self.model.log_image(name, image[None])
-            path = Path(log_dir) / "pictures" / f"{name}-{epoch + 1:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(tf.io.encode_png(image).numpy())
+            write_png(Path(log_dir) / "pictures" / f"{name}-{epoch + 1:03d}.png", image)
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Writes uint8 (height, width, channels), and makes the folders that lead there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tf.io.encode_png(picture).numpy())
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:

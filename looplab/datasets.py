@@ -16,6 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from looplab.data import split
+
 # Where Keras has its data sets: the host that it fetches each from, and the name under which it caches it.
 _KERAS = {
     "mnist": ("storage.googleapis.com", "mnist.npz"),
@@ -115,14 +117,10 @@ class Data:
         x_train, x_test = to_shape(x_train, shape), to_shape(x_test, shape)
         x_validation, y_validation = x_test, y_test
         if self.validation_split:
-            cut = int(len(x_train) * (1 - self.validation_split))
-            if not 0 < cut < len(x_train):
-                raise DataError(
-                    f"`validation_split` {self.validation_split} of {len(x_train)} examples leaves {cut} to train on "
-                    f"and {len(x_train) - cut} to validate on. Both must be at least 1."
-                )
-            x_train, x_validation = x_train[:cut], x_train[cut:]
-            y_train, y_validation = y_train[:cut], y_train[cut:]
+            try:
+                (x_train, y_train), (x_validation, y_validation) = split((x_train, y_train), self.validation_split)
+            except ValueError as error:
+                raise DataError(str(error)) from error
         training, held_out = (x_train, y_train), (x_validation, y_validation)
         return Arrays(*training, *held_out, x_test, y_test, _CLASSES[name], name, source, sha256, fallback)
 

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab import report
+from looplab.callbacks import write_png
 from looplab.datasets import Arrays, Data
 
 RUN_FILES = ("config.json", "history.json", "timings.json", "model.weights.h5", "report.txt", "report.json")
@@ -62,12 +63,6 @@ class RunFolder:
         """A uint8 picture as `<name>.png`, and returns it."""
         write_png(self.path / f"{name}.png", picture)
         return picture
-
-
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Writes uint8 (height, width, channels), and makes the folders that lead there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tf.io.encode_png(picture).numpy())
 
 
 def read_config(beside: Path) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import keras
 import numpy as np
 
 from looplab import checks, report
+from looplab.callbacks import write_png
 from looplab.datasets import Arrays, Data, Unread, read_picture
-from looplab.folder import RUN_FILES, RunFolder, read_config, write_png
+from looplab.folder import RUN_FILES, RunFolder, read_config
 from looplab.trainer import Trainer
 
 
@@ -42,7 +43,7 @@ class Recipe:
     batch_size: int | None = None
     callbacks: Sequence[keras.callbacks.Callback] = ()
     data: Arrays | None = None
-    """Where the data came from, for `config.json`."""
+    """The data set: `config.json` tells where it came from, and with `predict` its test images are reported on."""
     predict: Callable[[np.ndarray], np.ndarray] | None = None
     """For a classifier of the images of `data`: from images as they are there to a probability for each class, shape
     (n, classes). With it a run ends with a report on the test images, and `--predict` takes pictures."""
@@ -105,7 +106,7 @@ def run(
         weights: A `.weights.h5` file to start from.
         precision: Keras's policy for all layers: "float32", "mixed_bfloat16", or "mixed_float16", which scales losses.
         plot: A PNG file for the curves of loss and metrics, beside `curves.png` in `log_dir`.
-        verbose: As in `Trainer.fit`.
+        verbose: As in `Trainer.fit`; with 0 the report is not printed either.
         options: The recipe function's own, and the `Trainer`'s.
     """
     folder = RunFolder(log_dir, recipe.__name__)
@@ -232,7 +233,7 @@ def _report(ready: Recipe, folder: RunFolder, history: dict[str, list[float]], p
             ready.trainer.log_image("confusion_matrix", folder.write_picture("confusion_matrix", picture)[None])
             text = made.text
         else:
-            text = "looplab: no report: not all predictions are finite numbers. The training has diverged."
+            print("looplab: no report: not all predictions are finite numbers. The training has diverged.", flush=True)
     if plot is not None:
         write_png(Path(plot), curves)
     return text
