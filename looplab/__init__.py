@@ -24,10 +24,11 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 from looplab import _quiet  # noqa: F401, I001  (must come before TensorFlow is imported)
 from looplab import callbacks
+from looplab.checkpoint import Checkpoint
 from looplab.command import main
 from looplab.datasets import Data
 from looplab.recipe import Recipe, run
 from looplab.trainer import Trainer
 
-__all__ = ["Data", "Recipe", "Trainer", "callbacks", "main", "run"]
+__all__ = ["Checkpoint", "Data", "Recipe", "Trainer", "callbacks", "main", "run"]
 __version__ = "0.1.0"

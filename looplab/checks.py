@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from looplab.tracking import path_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def positive(**arguments: Any) -> None:
@@ -31,8 +41,46 @@ def no_other_run(log_dir: Path) -> None:
     """The log folder holds no event files of another run."""
     if log_dir.exists() and not log_dir.is_dir():
         raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file.")
-    if any(log_dir.glob("events.out.tfevents.*")) or any(log_dir.glob("*/events.out.tfevents.*")):
-        raise ValueError(f"`log_dir` {log_dir} holds the run of another trainer. Pass a new folder, or remove it.")
+    if _holds_run(log_dir):
+        raise ValueError(
+            f"`log_dir` {log_dir} holds the run of another trainer. Go on with it by `fit(..., resume=True)`, pass a "
+            f"new folder, or remove this one."
+        )
+
+
+def may_go_on(log_dir: Path) -> bool:
+    """Whether the folder holds a run that was made to go on."""
+    return (log_dir / "checkpoints").is_dir() and _holds_run(log_dir)
+
+
+def resume(value: Any, log_dir: Path | None) -> None:
+    """It is a bool, and there is a folder to go on in."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`resume` must be True or False; {value!r} came. The folder is the trainer's `log_dir`.")
+    if value and log_dir is None:
+        raise ValueError("`resume` needs the trainer's `log_dir`: there the run was saved.")
+
+
+def checkpoint(value: Any, kind: type) -> None:
+    """It is settings, or None."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"`checkpoint` must be a `looplab.Checkpoint`, or None; {value!r} came.")
+
+
+def unseeded(what: str, resumes: bool) -> None:
+    """A data set of the user's gives the same batches in another process."""
+    text = (
+        f"`x` has {what}: a training that goes on after its end would not see the batches that it would have seen. "
+        f"Pass a seed, as in `dataset.shuffle(1000, seed=0)`; do what is random to an example within the step, or with "
+        f"`tf.random.stateless_...` from a seed that is in the data."
+    )
+    if resumes:
+        raise ValueError(text)
+    warnings.warn(text, stacklevel=4)
+
+
+def _holds_run(log_dir: Path) -> bool:
+    return any(log_dir.glob("events.out.tfevents.*")) or any(log_dir.glob("*/events.out.tfevents.*"))
 
 
 def callbacks(given: Iterable[Any]) -> None:
@@ -95,7 +143,7 @@ def loss(value: Any) -> tf.Tensor:
 def gradients(values: Sequence[Any], variables: Sequence[Any]) -> None:
     """At least one variable has a gradient."""
     if all(value is None for value in values):
-        names = ", ".join(getattr(v, "path", v.name) for v in variables[:5]) + (", …" if len(variables) > 5 else "")
+        names = ", ".join(map(path_of, variables[:5])) + (", …" if len(variables) > 5 else "")
         raise ValueError(
             f"The loss depends on none of the {len(variables)} `variables` ({names}): no gradient. Compute it inside "
             f"the `tf.GradientTape` block, with TensorFlow or `keras.ops` alone, from the model's outputs."
@@ -133,3 +181,35 @@ def classified_images(arrays: Any) -> None:
                 f"`data` of a recipe with `predict` must have uint8 images and one whole number for each; x_{part} of "
                 f"{x.dtype} {x.shape} with y_{part} of {y.dtype} {y.shape} came. Scale images within the trainer."
             )
+
+
+def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
+    """Each is a positive number, where it is one number and not a schedule."""
+    for path, optimizer in optimizers.items():
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        if isinstance(inner._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            continue
+        rate = float(inner.learning_rate)
+        if not rate > 0 or math.isinf(rate):
+            raise ValueError(f"`learning_rate` of `{path}` must be a positive number; {rate} came.")
+
+
+def named(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which tells the nearest name where it gets a keyword argument that it has not."""
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in parameters:
+                near = difflib.get_close_matches(name, parameters, 1)
+                hint = (
+                    f"did you mean `{near[0]}`?"
+                    if near
+                    else f"it has {', '.join(p for p in parameters if p != 'self')}."
+                )
+                who = function.__qualname__.removesuffix(".__init__")
+                raise TypeError(f"`{who}` has no argument `{name}`: {hint}")
+        return function(*args, **kwargs)
+
+    return checked

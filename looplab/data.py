@@ -12,6 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+# Kernels that count for themselves; the stateless ones, and those of `tf.random.Generator`, do not.
+_UNSAVED_RANDOM = {
+    *("RandomStandardNormal", "RandomUniform", "RandomUniformInt", "TruncatedNormal", "ParameterizedTruncatedNormal"),
+    *("RandomShuffle", "RandomGamma", "RandomPoisson", "RandomPoissonV2", "Multinomial"),
+    *("SampleDistortedBoundingBox", "SampleDistortedBoundingBoxV2", "RandomCrop"),
+}
 _BUFFER = 4  # batches that are made ready while the graph computes
 
 
@@ -19,14 +25,24 @@ _BUFFER = 4  # batches that are made ready while the graph computes
 class Batches:
     """Data as batches, epoch after epoch."""
 
-    start: Callable[[int], tf.data.Dataset]
-    """`start(epoch)`: the batches from the beginning of that epoch (from 0) on."""
+    name: str
+    """What an error calls it."""
+    start: Callable[..., tf.data.Dataset]
+    """`start(epoch, batch=0)`: the batches of that epoch (from 0), from that one (from 0) on."""
     steps: int | None
     """Batches in an epoch, or None where only the end of the data tells."""
     continues: bool
     """Whether one iterator goes on through all epochs; else each epoch begins with `start`."""
-    element_spec: Any
+    element_spec: Any = None
     """The signature of a batch, as `tf.data` tells it."""
+    described: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What must be the same where a training goes on, as JSON has it."""
+    arrays: Any = None
+    """(x, y, sample_weight), or what there is of it, where it came as arrays."""
+    unseeded: str = ""
+    """What is random in it, and will be otherwise the next time."""
+    advance: Callable[[int], None] = lambda epochs: None
+    """Brings a data set to where it is after so many epochs: one that shuffles does it otherwise each time."""
 
 
 def from_arguments(
@@ -64,15 +80,22 @@ def from_arguments(
                 )
         source = _from_dataset if isinstance(x, tf.data.Dataset) else _from_function
         batches = source(name, x, steps, training_from is not None)
+        described: dict[str, Any] = {"steps_per_epoch": batches.steps}
     else:
         arrays = to_arrays(name, x, y, sample_weight)
-        batches = _from_arrays(arrays, 32 if batch_size is None else batch_size, shuffle, seed, steps)
+        batches = _from_arrays(name, arrays, 32 if batch_size is None else batch_size, shuffle, seed, steps)
+        n = tf.nest.flatten(arrays)[0].shape[0]
+        described = {
+            "examples": n,
+            "batch_size": batch_size or 32,
+            "shuffle": shuffle,
+            "steps_per_epoch": batches.steps,
+        }
         if training_from is None:
-            n = tf.nest.flatten(arrays)[0].shape[0]
             batches = dataclasses.replace(batches, steps=min(batches.steps, math.ceil(n / (batch_size or 32))))
 
-    def start(epoch: int) -> tf.data.Dataset:
-        dataset = batches.start(epoch)
+    def start(epoch: int, batch: int = 0) -> tf.data.Dataset:
+        dataset = batches.start(epoch, batch)
         if class_weight:
             dataset = dataset.map(_class_weighting(class_weight))
         return strategy.experimental_distribute_dataset(dataset)
@@ -80,8 +103,28 @@ def from_arguments(
     begin = training_from or 0
     first = start(begin)
     return dataclasses.replace(
-        batches, start=lambda epoch: first if epoch == begin else start(epoch), element_spec=first.element_spec
+        batches,
+        start=lambda epoch, batch=0: first if (epoch, batch) == (begin, 0) else start(epoch, batch),
+        element_spec=first.element_spec,
+        described={"signature": str(first.element_spec), **described},
     )
+
+
+def changes(before: Any, after: Any) -> str:
+    """In words, where two signatures of a batch differ."""
+    names = ("x", "y", "sample_weight")
+    pairs = [
+        dict(zip(names, keras.utils.unpack_x_y_sample_weight(signature), strict=True)) for signature in (before, after)
+    ]
+    if tf.nest.map_structure(lambda _: 0, pairs[0]) != tf.nest.map_structure(lambda _: 0, pairs[1]):
+        return f"a batch was {before}, and is {after}"
+    leaves = [keras.tree.flatten_with_path(part) for part in pairs]
+    told = [
+        f"`{'.'.join(map(str, path))}` was {old.shape} {old.dtype.name}, and is {new.shape} {new.dtype.name}"
+        for (path, old), (_, new) in zip(*leaves, strict=True)
+        if old != new
+    ]
+    return "; ".join(told)
 
 
 def is_arrays(x: Any) -> bool:
@@ -138,7 +181,7 @@ def _to_arrays(part: str, value: Any) -> Any:
     return array
 
 
-def _from_arrays(arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
+def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
     n = tf.nest.flatten(arrays)[0].shape[0]
     per_pass = math.ceil(n / batch_size)
     leaves = tf.nest.flatten(arrays)
@@ -158,8 +201,8 @@ def _from_arrays(arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: 
         gathered = {key: tf.gather(tensor, rows) for key, tensor in tensors.items()}
         return tf.nest.pack_sequence_as(arrays, [gathered[id(leaf)] for leaf in leaves])
 
-    def start(epoch: int) -> tf.data.Dataset:
-        passed, batch = divmod(epoch * (steps or per_pass), per_pass)
+    def start(epoch: int, batch: int) -> tf.data.Dataset:
+        passed, batch = divmod(epoch * (steps or per_pass) + batch, per_pass)
         rows = tf.data.Dataset.range(passed, tf.int64.max).flat_map(one_pass).skip(batch)
         dataset = rows.map(gather)
         options = tf.data.Options()
@@ -168,7 +211,7 @@ def _from_arrays(arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: 
         options.autotune.enabled = False
         return dataset.prefetch(_BUFFER).with_options(options)
 
-    return Batches(start, steps or per_pass, True, None)
+    return Batches(name, start, steps or per_pass, True, arrays=arrays)
 
 
 def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:
@@ -176,14 +219,24 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, traini
     size = int(dataset.cardinality())
     if size == 0:
         raise ValueError(f"`{name}` is an empty data set. Pass at least one batch.")
-    if steps is not None and not training:
-        return Batches(lambda epoch: dataset.take(steps), steps, False, None)
-    if steps is not None:
-        return Batches(lambda epoch: dataset.repeat().skip(epoch * steps), steps, True, None)
-    if size == tf.data.INFINITE_CARDINALITY:
+    unseeded = _unseeded(dataset)
+    if steps is not None and training:
+        endless = dataset.repeat()
+        return Batches(name, lambda epoch, batch: endless.skip(epoch * steps + batch), steps, True, unseeded=unseeded)
+    if steps is None and size == tf.data.INFINITE_CARDINALITY:
         argument = "steps_per_epoch" if name == "x" else "validation_steps"
         raise ValueError(f"`{name}` is an endless data set: say with `{argument}` how many batches an epoch has.")
-    return Batches(lambda epoch: dataset, size if size > 0 else None, False, None)
+
+    def start(epoch: int, batch: int) -> tf.data.Dataset:
+        begun = dataset if steps is None else dataset.take(steps)
+        return begun.skip(batch) if batch else begun
+
+    def advance(epochs: int) -> None:
+        for _ in range(epochs):  # it draws the next order when an iterator is made, though nobody reads it
+            iter(dataset)
+
+    known = steps or (size if size > 0 else None)
+    return Batches(name, start, known, False, unseeded=unseeded, advance=advance)
 
 
 def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None, training: bool) -> Batches:
@@ -192,7 +245,7 @@ def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps:
     except TypeError as error:
         raise TypeError(f"`{name}` is a function, which must take the epoch alone: {error}.") from error
 
-    def start(epoch: int) -> tf.data.Dataset:
+    def start(epoch: int, batch: int) -> tf.data.Dataset:
         dataset = function(epoch)
         if not isinstance(dataset, tf.data.Dataset):
             raise TypeError(
@@ -202,9 +255,31 @@ def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps:
         _from_dataset(name, dataset, steps, training)  # for what it checks
         if training and steps is not None:
             dataset = dataset.repeat()
-        return dataset if steps is None else dataset.take(steps)
+        dataset = dataset if steps is None else dataset.take(steps)
+        return dataset.skip(batch) if batch else dataset
 
-    return Batches(start, steps, False, None)  # without `steps`, an epoch may be longer than another
+    return Batches(name, start, steps, False)  # without `steps`, an epoch may be longer than another
+
+
+def _unseeded(dataset: tf.data.Dataset) -> str:
+    """What is random in a data set's pipeline without a seed, or ""."""
+    for inner in dataset._inputs():
+        if found := _unseeded(inner):
+            return found
+    seeds = getattr(dataset, "_seed", None), getattr(dataset, "_seed2", None)
+    kind = type(dataset).__name__.strip("_").removesuffix("Dataset")
+    if all(seed is not None and int(seed) == 0 for seed in seeds):
+        return f"`{kind.lower()}` without a `seed`"
+    function = getattr(getattr(dataset, "_map_func", None), "function", None)
+    operations = random_operations(function.graph) if function is not None else []
+    return f"{operations[0]} in `{kind.lower()}`" if operations else ""
+
+
+def random_operations(graph: tf.Graph) -> list[str]:
+    """The operations of a graph whose random numbers no variable leads to: none can bring them back."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return sorted({node.op for node in nodes if node.op in _UNSAVED_RANDOM})
 
 
 def _check_signature(name: str, dataset: tf.data.Dataset) -> None:

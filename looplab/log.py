@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
 from looplab import checks, projector
+from looplab.lock import locked
 from looplab.steps import Steps
 from looplab.summaries import RunWriter
 
@@ -29,14 +32,16 @@ class Logs(Steps):
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.epochs = 0
         self._events = RunWriter(self.log_dir)
+        self._owners = 0
+        self._early: list[Callable[[], None]] = []  # what is logged before it is known whether a run goes on
 
     def log(self, name: str, value: Any) -> None:
         """Adds a scalar to those of the running step, or, outside of a step, to TensorBoard at the current epoch."""
         if self._now.running:
             self._now.scalars[name] = checks.scalar("`log` got", name, value)
         else:
-            self._claim_log_dir()
-            self._events.scalars("train", self.epochs, {name: float(value)})
+            number = float(value)
+            self._write(lambda: self._events.scalars("train", self.epochs, {name: number}))
 
     def log_image(self, name: str, images: Any, every: int = 1000, max_outputs: int = 3) -> None:
         """Shows images in TensorBoard: of the running step, or, outside of a step, of the current epoch.
@@ -53,9 +58,8 @@ class Logs(Steps):
             self._now.images[name] = images
             self._now.image_every[name] = every
         else:
-            self._claim_log_dir()
             files = [tf.io.encode_png(image).numpy() for image in images]
-            self._events.images("train", self.epochs, {name: files})
+            self._write(lambda: self._events.images("train", self.epochs, {name: files}))
 
     def log_hparams(self, hparams: dict[str, Any]) -> None:
         """Shows hyperparameters in TensorBoard's HPARAMS tab, beside the last value of each scalar of the run.
@@ -70,8 +74,7 @@ class Logs(Steps):
         Raises:
             ValueError: `log_dir` holds another run.
         """
-        self._claim_log_dir()
-        self._events.hparams(hparams)
+        self._write(lambda: self._events.hparams(hparams))
 
     def log_embeddings(self, name: str, vectors: Any, labels: Any = None, images: Any = None) -> None:
         """Shows vectors in TensorBoard's PROJECTOR tab, in place of earlier ones of that name.
@@ -89,10 +92,38 @@ class Logs(Steps):
             ValueError: An argument of another shape or dtype, too many pixels, or `log_dir` holds another run.
         """
         embeddings = projector.checked(name, vectors, labels, images)
-        self._claim_log_dir()
-        self._events.embeddings("train", embeddings)
+        self._write(lambda: self._events.embeddings("train", embeddings))
 
-    def _claim_log_dir(self) -> None:
-        """Refuses a folder that another trainer has written to."""
-        if self.log_dir is not None and not self._events.begun:
+    def _write(self, write: Callable[[], None]) -> None:
+        """Writes to `log_dir`; where that holds a run, `fit` must say first whether it goes on: then all this is there.
+
+        Raises:
+            ValueError: It holds the run of another trainer, which cannot go on.
+        """
+        if self.log_dir is not None and not self._events.begun and checks.may_go_on(self.log_dir):
+            self._early.append(write)
+            return
+        with self._owning():
+            write()
+
+    @contextlib.contextmanager
+    def _owning(self, go_on: bool = False) -> Iterator[None]:
+        """Within it, `log_dir` is this trainer's, and no other process can write to it.
+
+        Args:
+            go_on: Whether it may hold a run.
+
+        Raises:
+            ValueError: Another process holds it, or it holds the run of another trainer.
+        """
+        if self.log_dir is None or self._owners:
+            yield
+            return
+        if not (go_on or self._events.begun):
             checks.no_other_run(self.log_dir)
+        with locked(self.log_dir):
+            self._owners += 1
+            try:
+                yield
+            finally:
+                self._owners -= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,19 +16,36 @@ class StepLogs(NamedTuple):
     """Scalars of any numeric dtype, by name."""
     images: dict[str, tf.Tensor]
     """uint8 images of shape (n, height, width, channels), by name."""
+    fault: Any = 0
+    """int32: 0, or what was wrong, for which the step did not update what it trains; see `Guard`."""
+    doubt: Any = 0
+    """int32: 0, or what looked wrong."""
 
 
 class CallLogs(NamedTuple):
     """What one graph call tells of the steps that it did."""
 
     done: int
-    """How many steps were done: fewer than asked for only where the data ended."""
+    """How many steps were done: fewer than asked for where the data ended, a fault came, or `stop` was set."""
     weights: np.ndarray
     """float64, shape (done,): how many examples each step's batch had."""
     scalars: dict[str, np.ndarray]
     """float64, shape (done,), by name: wide enough to hold each float32 and int32 exactly."""
     images: list[tuple[int, str, list[bytes]]]
     """(index of the step in this call, name, PNG files)."""
+    faults: np.ndarray
+    """int, shape (done,): 0, or what was wrong with each step."""
+    doubts: np.ndarray
+    """Likewise, what looked wrong."""
+    batch: Any
+    """The optional that holds the last step's batch, or the end of the data."""
+
+    def first(self, steps: int) -> CallLogs:
+        """Those of the first steps alone."""
+        scalars = {name: values[:steps] for name, values in self.scalars.items()}
+        images = [image for image in self.images if image[0] < steps]
+        arrays = self.faults[:steps], self.doubts[:steps]
+        return CallLogs(steps, self.weights[:steps], scalars, images, *arrays, self.batch)
 
 
 class Loop:
@@ -44,6 +61,8 @@ class Loop:
         element_spec: The signature of a batch, as `tf.data` tells it.
         image_every: For each image's name, n: it is kept at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
         strategy: Where the step runs. The replicas' scalars are averaged, weighed by the examples that each had.
+        state: Tells the variables that are brought back to what they were where a step had a fault.
+        stop: A bool variable: once it is true, the running step is the last.
         jit_compile: Whether XLA compiles the step.
         run_eagerly: Whether Python goes through it line by line, for debugging.
     """
@@ -54,6 +73,8 @@ class Loop:
         element_spec: Any,
         image_every: dict[str, int],
         strategy: tf.distribute.Strategy,
+        state: Callable[[], Sequence[Any]] = lambda: (),
+        stop: tf.Variable | None = None,
         jit_compile: bool = False,
         run_eagerly: bool = False,
     ):
@@ -61,6 +82,8 @@ class Loop:
         self._step = step
         self._image_every = image_every
         self._strategy = strategy
+        self._state = state
+        self._stop = tf.Variable(False, trainable=False) if stop is None else stop
         self._scalar_names: list[str] = []
         self._image_names: list[str] = []
         self._traced: Callable | None = None
@@ -72,19 +95,33 @@ class Loop:
             self._one_step = whole_step.get_concrete_function(element_spec, tf.TensorSpec((), tf.int64))
 
     @property
+    def names(self) -> list[str]:
+        """Of the scalars that the step tells; where Python goes through it, once it has."""
+        return self._scalar_names
+
+    @property
     def graph(self) -> tf.Graph | None:
         """The graph of one step; None where Python goes through it."""
         return None if self.eager else self._one_step.graph
 
-    def __call__(self, iterator: Iterator, steps: int, first: int) -> CallLogs:
-        """Does up to `steps` steps on what `iterator` gives, the first of them being number `first`."""
-        arguments = iterator, tf.constant(steps, tf.int32), tf.constant(first, tf.int64)
+    def __call__(self, iterator: Iterator, steps: int, first: int, faulty: int = 0, most_faulty: int = 0) -> CallLogs:
+        """Does up to `steps` steps on what `iterator` gives.
+
+        Args:
+            iterator: Of the batches.
+            steps: How many.
+            first: The number of the first of them.
+            faulty: How many steps before had faults, in a row.
+            most_faulty: How many may have in a row: one more is the last.
+        """
+        whole = (tf.constant(number, tf.int32) for number in (steps, faulty, most_faulty))
+        arguments = iterator, tf.constant(first, tf.int64), *whole
         if self.eager:
-            rows, pictures = self._call(*arguments)
+            rows, pictures, batch = self._call(*arguments)
         else:
             if self._traced is None:
                 self._traced = tf.function(self._call).get_concrete_function(*arguments)
-            rows, pictures = self._traced(*arguments)
+            rows, pictures, batch = self._traced(*arguments)
         table = rows.numpy()
         images = [
             (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
@@ -92,8 +129,9 @@ class Loop:
             for name, cell in zip(self._image_names, row, strict=True)
             if cell
         ]
-        scalars = {name: table[:, 1 + column] for column, name in enumerate(self._scalar_names)}
-        return CallLogs(len(table), table[:, 0], scalars, images)
+        weights, faults, doubts, *columns = table.T
+        scalars = dict(zip(self._scalar_names, columns, strict=True))
+        return CallLogs(len(table), weights, scalars, images, faults.astype(int), doubts.astype(int), batch)
 
     def _make_variables(self) -> None:
         """Goes through the step in a graph that is then forgotten; the variables that Keras made remain.
@@ -107,6 +145,7 @@ class Loop:
 
     def _whole_step(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, StepLogs]:
         """One step on all replicas: the count of examples, and float64 means weighed by it."""
+        before = [(variable, tf.convert_to_tensor(variable)) for variable in self._state()]
 
         def replica_step(batch, number):
             logs = self._step(batch, number)
@@ -114,37 +153,53 @@ class Loop:
             # In float64 the product with a count, and the quotient, are exact: one replica's float32 comes back as
             # it was. Sums, because in a ragged last batch a replica may have no rows, and then no mean.
             with tf.name_scope("logs"):
-                weight = tf.cast(_examples(batch), tf.float64)
+                weight = tf.cast(examples(batch), tf.float64)
                 sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
                 sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
-            return weight, sums, logs.images
+            return weight, sums, logs.images, logs.fault, logs.doubt
 
-        weight, sums, images = self._strategy.run(replica_step, (batch, number))
+        weight, sums, images, fault, doubt = self._strategy.run(replica_step, (batch, number))
         with tf.name_scope("logs"):
             total = self._strategy.reduce("SUM", weight, axis=None)
             means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
+            fault, doubt = self._worst(fault), self._worst(doubt)
         images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
-        return total, StepLogs(means, images)
 
-    def _call(self, iterator, steps, first):
+        def bring_back() -> None:
+            for variable, value in before:
+                variable.assign(value)
+
+        tf.cond(tf.equal(fault, 0), lambda: None, bring_back)
+        return total, StepLogs(means, images, fault, doubt)
+
+    def _worst(self, codes: Any) -> tf.Tensor:
+        """Of the replicas' codes the lowest, if one is negative, else the highest."""
+        values = tf.stack(self._strategy.experimental_local_results(codes))
+        return tf.where(tf.reduce_any(values < 0), tf.reduce_min(values), tf.reduce_max(values))
+
+    def _call(self, iterator, first, steps, faulty, most_faulty):
         """The loop around the step: a graph call, or stepped through by Python."""
         size = 0 if self.eager else steps
         step = self._whole_step if self.eager else self._one_step
-        row_shape = None if self.eager else (1 + len(self._scalar_names),)
+        row_shape = None if self.eager else (3 + len(self._scalar_names),)
         picture_shape = None if self.eager else (len(self._image_names),)
         rows = tf.TensorArray(tf.float64, size, dynamic_size=self.eager, element_shape=row_shape)
         pictures = tf.TensorArray(tf.string, size, dynamic_size=self.eager, element_shape=picture_shape)
-        done = tf.constant(0)
+        done, goes_on = tf.constant(0), tf.constant(True)
         batch = iterator.get_next_as_optional()
-        while done < steps and batch.has_value():
+        while goes_on & batch.has_value():
             number = first + tf.cast(done, tf.int64)
             weight, logs = step(batch.get_value(), number)
-            rows = rows.write(done, tf.stack([weight, *[logs.scalars[name] for name in self._scalar_names]]))
+            values = [weight, _wide(logs.fault), _wide(logs.doubt)]
+            values += [logs.scalars[name] for name in self._scalar_names]
+            rows = rows.write(done, tf.stack(values))
             pictures = pictures.write(done, self._encoded(logs.images, number))
             done += 1
-            if done < steps:  # else the next call would miss a batch
+            faulty = tf.where(logs.fault > 0, faulty + 1, 0)
+            goes_on = (done < steps) & (logs.fault >= 0) & (faulty <= most_faulty) & ~tf.convert_to_tensor(self._stop)
+            if goes_on:  # else the next call would miss a batch, and whoever asks for a faulty one
                 batch = iterator.get_next_as_optional()
-        return rows.stack()[:done], pictures.stack()[:done]
+        return rows.stack()[:done], pictures.stack()[:done], batch
 
     def _encoded(self, images: dict[str, tf.Tensor], number: tf.Tensor) -> tf.Tensor:
         """A string for each image's name: its PNG files where it is due at this step, else ''."""
@@ -156,7 +211,7 @@ class Loop:
         return tf.stack(cells) if cells else tf.zeros((0,), tf.string)
 
 
-def _examples(batch: Any) -> tf.Tensor:
+def examples(batch: Any) -> tf.Tensor:
     """How many examples a batch has: the length of its first tensor, or 1 where that has no dimensions."""
     first = tf.nest.flatten(batch)[0]
     if isinstance(first, tf.RaggedTensor):
@@ -181,9 +236,9 @@ class Pace:
         self._seconds = seconds
         self._steps = 1 if self._auto else int(steps)
 
-    def next(self, left: int | None) -> int:
-        """The number for the next call, `left` steps before the epoch ends (None: not known)."""
-        return self._steps if left is None else min(self._steps, left)
+    def next(self, *left: int) -> int:
+        """The number for the next call, at most the given ones."""
+        return min([self._steps, *left])
 
     def took(self, steps: int, seconds: float) -> None:
         """Learns from a call. By ten times at most: what a first call took says nothing of a step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -127,14 +128,16 @@ class Means:
             self._sums[name] = total
 
     def result(self) -> dict[str, float]:
-        """The means so far.
+        """The means so far; NaN where no step counted."""
+        return {name: total / self._weight if self._weight else math.nan for name, total in self._sums.items()}
 
-        Raises:
-            ValueError: No batch had an example.
-        """
-        if not self._weight:
-            raise ValueError("The data has batches, but no example. Pass at least one.")
-        return {name: total / self._weight for name, total in self._sums.items()}
+    def state(self) -> dict[str, Any]:
+        """What has been added up."""
+        return {"sums": dict(self._sums), "weight": self._weight}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` told."""
+        self._sums, self._weight = dict(state["sums"]), state["weight"]
 
 
 def named_result(metric: keras.Metric) -> dict[str, Any]:
@@ -153,3 +156,20 @@ def _fresh_copies(metric: keras.Metric) -> list[tuple[tf.Variable, np.ndarray]]:
         fresh = [np.array(tf.convert_to_tensor(value)) for value in values]
         on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
         return [(tf.Variable(value, trainable=False, **on_read), value) for value in fresh]
+
+
+def lower_is_better(monitor: str, mode: str, metrics: Iterable[keras.Metric]) -> bool:
+    """Whether less of a logged value is better: as `mode` says, or with "auto", as the metric of its name does.
+
+    Raises:
+        ValueError: `mode` is "auto", and no loss or metric of that name tells.
+    """
+    name = monitor.removeprefix("val_")
+    if mode != "auto":
+        return mode == "min"
+    if "loss" in name:
+        return True
+    for metric in metrics:
+        if metric.name == name and getattr(metric, "_direction", None) in ("up", "down"):
+            return metric._direction == "down"
+    raise ValueError(f'Whether less of `monitor` {monitor!r} is better is not known: pass `mode="min"` or "max".')

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tensorboard.plugins.hparams.api import hparams_pb
 
 from looplab.projector import Embeddings
 
+_FOLDERS = ("train", "validation")
 _count = itertools.count()
 
 
@@ -90,6 +92,32 @@ class RunWriter:
         """Ends the files; a later write begins others, which TensorBoard shows as their continuation."""
         for writer in self._writers.values():
             writer.close()
+
+    def files(self) -> list[Path]:
+        """The event files of steps and epochs, also those of earlier processes."""
+        folders = () if self._log_dir is None else (self._log_dir / folder for folder in _FOLDERS)
+        return sorted(file for folder in folders for file in folder.glob("events.out.tfevents.*"))
+
+    def sizes(self) -> dict[str, int]:
+        """How many bytes each of them has, by its path in `log_dir`."""
+        assert self._log_dir is not None
+        return {str(file.relative_to(self._log_dir)): file.stat().st_size for file in self.files()}
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        """Removes all that was written since `sizes` told; what is written from now on goes to new files."""
+        self.close()
+        assert self._log_dir is not None
+        for file in self.files():
+            name = str(file.relative_to(self._log_dir))
+            if name not in sizes:
+                file.unlink()
+            elif file.stat().st_size > sizes[name]:
+                os.truncate(file, sizes[name])
+            elif file.stat().st_size < sizes[name]:
+                warnings.warn(f"{file} was longer when it was saved: points are missing.", stacklevel=4)
+        if missing := [name for name in sizes if not (self._log_dir / name).exists()]:
+            warnings.warn(f"{self._log_dir} lacks {', '.join(missing)}: points are missing.", stacklevel=4)
+        self._writers.clear()
 
     def _writer(self, folder: str) -> _Writer:
         assert self._log_dir is not None

@@ -165,6 +165,19 @@ class Tracked:
     def _walk(self) -> Iterator[Held]:
         return walk(vars(self))
 
+    def _all_state(self) -> dict[str, Any]:
+        """All variables, by the path to what holds them and their position there: plain names may collide."""
+        by_path: dict[str, Any] = {}
+        for held in self._walk():
+            if isinstance(held.thing, keras.random.SeedGenerator):
+                by_path[held.path] = held.thing.state
+            elif isinstance(held.thing, _VARIABLES):
+                by_path[held.path] = held.thing
+            else:
+                by_path |= {f"{held.path}/{index}": v for index, v in enumerate(held.thing.variables)}
+        first = {id(variable): path for path, variable in reversed(by_path.items())}
+        return {path: variable for path, variable in by_path.items() if first[id(variable)] == path}
+
     def _state(self) -> list[Any]:
         """All variables but those of optimizers: weights, seeds, and metrics."""
         variables = self._variables(lambda layer: layer.variables)
@@ -230,6 +243,11 @@ def _tell_output_shapes(model: keras.Model) -> None:
         return
     with contextlib.suppress(Exception):
         model.call(keras.tree.map_shape_structure(lambda shape: keras.Input(shape[1:]), shapes))
+
+
+def path_of(variable: Any) -> str:
+    """What people call a variable: Keras's path, which is unique in a model, or TensorFlow's name."""
+    return getattr(variable, "path", variable.name)
 
 
 def to_numpy(variable: Any) -> np.ndarray:

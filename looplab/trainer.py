@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from looplab import checks, data
-from looplab.callbacks import EpochLine, ProgressBar, hooked_to_batches
-from looplab.log import Logs
-from looplab.loop import CallLogs, Loop, Pace
-from looplab.metrics import Means, named_result
-from looplab.steps import LEARNING_RATE
-from looplab.tracking import to_numpy
+from looplab import checks, data, plausible, resume
+from looplab.callbacks import EpochLine, ProgressBar
+from looplab.checkpoint import Checkpoint, Checkpoints, Saved
+from looplab.epoch import Epochs, joined
+from looplab.fit import Fit, check_resumable
+from looplab.guard import Fault
+from looplab.metrics import lower_is_better
 
 
-class Trainer(Logs):
+class Trainer(Epochs):
     """Trains any callable with variables.
 
     Override `train_step` (and `test_step`, `predict_step`, `compute_loss`, `compute_metrics`) as in
@@ -36,13 +32,15 @@ class Trainer(Logs):
             `training=` where it takes that. Optional for a subclass with its own steps.
         optimizer, loss, loss_weights, metrics: As in `keras.Model.compile`. Without `loss`, what the model adds with
             `add_loss` is the loss.
-        log_dir: Folder for TensorBoard's event files, `train` and `validation` below it. None writes nothing.
+        log_dir: Folder for TensorBoard's event files, `train` and `validation` below it, and `checkpoints`. None writes
+            nothing.
         seed: Of the order of the data and of `seed_generator`. By default it is drawn from Python's `random`, which
             `keras.utils.set_random_seed` seeds, as Keras draws the seeds of its layers.
         steps_per_execution: How many steps one graph call does. "auto" keeps about five returns to Python a second.
             It never changes a result.
         jit_compile: Whether XLA compiles the step.
         run_eagerly: Whether Python goes through the step line by line, for debugging: slow.
+        checkpoint: When to save all state to `log_dir/checkpoints`, and what to keep; None saves nothing.
 
     Attributes:
         history: The `keras.callbacks.History` of the last `fit`.
@@ -50,8 +48,12 @@ class Trainer(Logs):
         steps: How many training steps were done since the trainer was made.
         epochs: How many epochs were done.
         stop_training: A callback sets it to end `fit` after the running graph call.
+        skip_nonfinite: How many steps in a row may have a loss or gradients that are not finite, before `fit` ends with
+            an error. Such a step updates nothing, and does not count in an epoch's values.
+        skipped_steps: How many steps were passed over so.
     """
 
+    @checks.named
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -65,20 +67,22 @@ class Trainer(Logs):
         steps_per_execution: int | str = "auto",
         jit_compile: bool = False,
         run_eagerly: bool = False,
+        checkpoint: Checkpoint | None = Checkpoint(),
     ):
         checks.steps_per_execution(steps_per_execution)
-        super().__init__(model, optimizer, loss, loss_weights, metrics, seed, log_dir)
-        self.steps_per_execution = steps_per_execution
-        self.jit_compile = jit_compile
-        self.run_eagerly = run_eagerly
+        checks.checkpoint(checkpoint, Checkpoint)
+        super().__init__(
+            *(model, optimizer, loss, loss_weights, metrics, seed, log_dir),
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            run_eagerly=run_eagerly,
+        )
+        self.checkpoint = checkpoint
         self.history: keras.callbacks.History | None = None
-        self.stop_training = False
-        self.steps = 0
-        self._test_steps = 0
-        self._traced: list[_Traced] = []
+        self._given_seed = seed
+        self._finished: list[dict[str, list[float]]] = []  # the history of each `fit` that came to its end
 
-    # The loops around the steps.
-
+    @checks.named
     def fit(
         self,
         x: Any = None,
@@ -97,8 +101,9 @@ class Trainer(Logs):
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int | Sequence[int] = 1,
+        resume: bool = False,
     ) -> keras.callbacks.History:
-        """Trains; the arguments are those of `keras.Model.fit`.
+        """Trains; the arguments but the last are those of `keras.Model.fit`.
 
         Args:
             x: Arrays (with `y`, `sample_weight`), a `tf.data.Dataset` of batches, or a function of the epoch that
@@ -109,66 +114,82 @@ class Trainer(Logs):
                 `steps_per_execution="auto"`, one that acts on training batches makes each graph call one step; with a
                 number, its hooks are called for each step after the call.
             verbose: 1, or "auto": a bar, where standard error is a terminal. 2: a line for each epoch. 0: nothing.
+            resume: Whether to go on where the run in `log_dir` was saved last, to the same bits as if it had never
+                ended: with the same code, arguments and data, and `epochs` as many as before or more. Where nothing was
+                saved yet, it begins. A program that always passes True can be killed and started again at any time.
 
         Returns:
             The history: `history.history["val_loss"]` is a list with one number for each epoch.
+
+        Raises:
+            ValueError: An argument, the data, a checkpoint or the folder is not what it should be; before anything is
+                changed.
+            FloatingPointError: A loss or gradients are not finite; the update was not made.
+            OSError: A checkpoint could not be written.
+            SystemExit: SIGTERM or Ctrl-C came, and all is saved: with status 143 or 130.
         """
         checks.positive(epochs=epochs, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
         checks.positive(validation_steps=validation_steps, validation_batch_size=validation_batch_size)
         checks.positive(validation_freq=validation_freq if isinstance(validation_freq, int) else None)
+        checks.resume(resume, self.log_dir)
+        checks.learning_rates(self.optimizers)
         given = list(callbacks or [])
         checks.callbacks(given)
-        if validation_split and validation_data is None:
-            if not data.is_arrays(x):
-                raise ValueError("`validation_split` splits arrays; of a data set, pass a part as `validation_data`.")
-            arrays, validation_data = data.split(data.to_arrays("x", x, y, sample_weight), validation_split)
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(arrays)
-        first = max(self.epochs, initial_epoch)
-        train = self._batches(
-            "x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch, training_from=first
-        )
-        validation = None
-        if validation_data is not None:
-            val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-            size = validation_batch_size or (batch_size if data.is_arrays(val_x) else None)
-            validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
-        self._claim_log_dir()
-
-        loop = self._prepared("train", train.element_spec, self.run_eagerly)
-        if verbose:
-            given.append(EpochLine() if verbose == 2 else ProgressBar())
-        callback_list = keras.callbacks.CallbackList(
-            given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
-        )
-        self.epochs, self.stop_training = first, False
-        iterator = None
-        logs: dict[str, float] = {}
-        try:
-            callback_list.on_train_begin()
-            for epoch in range(initial_epoch, epochs):
-                self._reset_metrics()
-                callback_list.on_epoch_begin(epoch)
-                if iterator is None or not train.continues:
-                    iterator = iter(train.start(self.epochs))
-                    loop = self._prepared("train", iterator.element_spec, self.run_eagerly)
-                logs = self._run("train", loop, iterator, train.steps, callback_list, "train")
-                self.epochs += 1
-                self._events.scalars("train", self.epochs, _epoch_tags(logs))
-                if validation is not None and _due(validation_freq, epoch):
-                    results = self._evaluate(validation, callback_list, "validation")
-                    self._events.scalars("validation", self.epochs, _epoch_tags(results))
-                    logs |= {f"val_{name}": value for name, value in results.items()}
-                callback_list.on_epoch_end(epoch, logs)
-                if self.stop_training:
-                    break
-            for known in self._minimized:  # as Keras does: of an optimizer with `use_ema`, the averages are the weights
-                known.optimizer.finalize_variable_values(known.variables)
-            callback_list.on_train_end(logs)
-        finally:
-            self._events.close()
+        with self._owning(go_on=resume):
+            checkpoints, saved = self._checkpoints(resume)
+            number = len(self._finished)
+            if saved is not None and saved.tree["fit"] > number:
+                return self._left_as_it_is(saved.tree["finished"][number], given)
+            if saved is not None and saved.tree["fit"] < number:
+                saved = None
+            if saved is not None:
+                self.seed = saved.tree["seed"] if self._given_seed is None else self._given_seed
+            if validation_split and validation_data is None:
+                if not data.is_arrays(x):
+                    raise ValueError(
+                        "`validation_split` splits arrays; of a data set, pass a part as `validation_data`."
+                    )
+                arrays, validation_data = data.split(data.to_arrays("x", x, y, sample_weight), validation_split)
+                x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(arrays)
+            first = max(self.epochs, initial_epoch)
+            train = self._batches(
+                "x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch, training_from=first
+            )
+            validation = None
+            if validation_data is not None:
+                val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+                size = validation_batch_size or (batch_size if data.is_arrays(val_x) else None)
+                validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
+            if saved is not None:
+                check_resumable(saved, self._given_seed, train.described)
+            if train.unseeded and checkpoints is not None:
+                checks.unseeded(train.unseeded, resume)
+            if verbose:
+                given.append(EpochLine() if verbose == 2 else ProgressBar())
+            callback_list = keras.callbacks.CallbackList(
+                given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
+            )
+            self.epochs, self.stop_training = first, False
+            try:
+                Fit(
+                    self,
+                    train,
+                    validation,
+                    lambda epoch: _due(validation_freq, epoch),
+                    callback_list,
+                    initial_epoch,
+                    epochs,
+                    checkpoints,
+                    self.checkpoint or Checkpoint(),
+                    saved,
+                ).run()
+            finally:
+                self._events.close()
         assert self.history is not None  # the list of callbacks set it
+        self._finished.append(self.history.history)
         return self.history
 
+    @checks.named
     def evaluate(
         self,
         x: Any = None,
@@ -189,8 +210,12 @@ class Trainer(Logs):
         batches = self._batches("x", x, y, sample_weight, batch_size, steps=steps)
         bar = [ProgressBar()] if verbose else []
         callback_list = keras.callbacks.CallbackList([*(callbacks or []), *bar], model=self, steps=batches.steps)
-        return self._evaluate(batches, callback_list)
+        try:
+            return self._evaluate(batches, callback_list)
+        except Fault as fault:
+            raise fault.error(self.steps, self.epochs, None) from None
 
+    @checks.named
     def predict(
         self,
         x: Any,
@@ -221,7 +246,41 @@ class Trainer(Logs):
             callback_list.on_predict_end()
         if not outputs:
             raise ValueError("`x` has no batch: it ended at once. Pass at least one.")
-        return tf.nest.map_structure(_joined, *outputs)
+        return tf.nest.map_structure(joined, *outputs)
+
+    @checks.named
+    def restore(self, checkpoint: str | Path = "newest") -> None:
+        """Brings all variables (weights, seeds, metrics, optimizers) to what they were at a checkpoint.
+
+        To go on with a training, use `fit(..., resume=True)`. The trainer must be built, by `fit` or `build`.
+
+        Args:
+            checkpoint: "newest", "best" (by the `monitor` of its `looplab.Checkpoint`), or a folder.
+
+        Raises:
+            ValueError: There is none, it is damaged, or of another architecture; nothing was changed.
+        """
+        saved: Saved | None
+        if checkpoint in ("newest", "best"):
+            if self.log_dir is None or self.checkpoint is None:
+                raise ValueError("`restore` needs the trainer's `log_dir` and `checkpoint`, or a checkpoint's folder.")
+            checkpoints = Checkpoints(self.log_dir / "checkpoints", self.checkpoint)
+            if checkpoint == "newest":
+                saved, _ = checkpoints.newest()
+            else:
+                if self.checkpoint.monitor is None:
+                    raise ValueError('`restore("best")` needs a `monitor` of the trainer\'s `checkpoint`.')
+                checkpoints.prefer(lower_is_better(self.checkpoint.monitor, self.checkpoint.mode, self.metrics))
+                best = checkpoints.best()
+                saved = None if best is None else Saved(best)
+            if saved is None:
+                raise ValueError(f"`checkpoint`: there is no {checkpoint} one in {checkpoints.folder}.")
+        else:
+            saved = Saved(Path(checkpoint))
+        variables = self._all_state()
+        state = saved.load(resume.most_bytes(variables))
+        resume.check(variables, state["variables"], saved.path)
+        resume.assign(variables, state["variables"])
 
     def build(self, x: Any, y: Any = None, sample_weight: Any = None) -> None:
         """Makes all variables of models, metrics and optimizers, from the data's signature: nothing is run.
@@ -258,160 +317,44 @@ class Trainer(Logs):
             strategy=self.strategy,
         )
 
-    def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
-        """The loop of a kind of step, "train" or "test", for data of this signature; all variables are made then."""
+    def _checkpoints(self, resume: bool) -> tuple[Checkpoints | None, Saved | None]:
+        """What saves the trainer's state, if anything, and what is saved already."""
+        if self.log_dir is None:
+            return None, None
+        found = Checkpoints(self.log_dir / "checkpoints", self.checkpoint or Checkpoint())
+        found.clean()
+        saved, skipped = found.newest() if resume else (None, [])
+        for reason in skipped:
+            warnings.warn(f"Skipped: {reason}", stacklevel=4)
+        if saved is not None:
+            self._early.clear()
+        elif resume and not self._events.begun:
+            print(f"looplab: {self.log_dir} has no checkpoint: beginning at step 1.", flush=True)
+            self._events.rewind({})
+        for write in self._early:
+            write()
+        self._early.clear()
+        return (found if self.checkpoint is not None else None), saved
 
-        def make() -> Loop:
-            step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
-            metrics = None
-            while metrics != self.metrics:  # those that a trace makes are seen by the next alone
-                metrics = self.metrics
-                with self._recording():
-                    loop = Loop(step, element_spec, self._image_every[kind], self.strategy, self.jit_compile, eagerly)
-            return loop
+    def _left_as_it_is(
+        self, history: dict[str, list[float]], callbacks: list[keras.callbacks.Callback]
+    ) -> keras.callbacks.History:
+        """What a `fit` returns that was finished before the run was saved in a later one."""
+        print(f"looplab: call {len(self._finished) + 1} of `fit` in {self.log_dir} was finished before.", flush=True)
+        self._finished.append(history)
+        self.history = keras.callbacks.History()
+        self.history.history = history
+        self.history.epoch = list(range(max(map(len, history.values()), default=0)))
+        return self.history
 
-        return self._traced_once((kind, self.jit_compile, eagerly), element_spec, make)
-
-    def _predictor(self, element_spec: Any) -> Callable[[Any], Any]:
-        """The prediction step for data of this signature, traced, so that all variables are made."""
-
-        def one_batch(batch):
-            return self.strategy.run(self._predict, (batch,))
-
-        def make() -> Callable[[Any], Any]:
-            if self.run_eagerly:
-                return one_batch
-            return tf.function(one_batch, jit_compile=self.jit_compile or None).get_concrete_function(element_spec)
-
-        return self._traced_once(("predict", self.jit_compile, self.run_eagerly), element_spec, make)
-
-    def _traced_once(self, key: Any, element_spec: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns: made anew for another key or signature, or when what it holds fast was exchanged."""
-        trained = [*map(id, self._trained())]
-        self._traced = [known for known in self._traced if [*map(id, known.trained)] == trained]
-        for known in self._traced:
-            if known.key == key and known.element_spec == element_spec:
-                return known.call
-        call = make()
-        self._traced.append(_Traced(key, element_spec, call, self._trained()))
-        return call
-
-    def _trained(self) -> list[Any]:
-        """What a trace holds fast, and a user may exchange between two calls of `fit`."""
-        return [*self.trainable_variables, *self.optimizers.values()]
-
-    def _run(self, kind, loop, iterator, steps, callbacks, folder: str | None) -> dict[str, float]:
-        """Runs an epoch of training, or one evaluation, and returns its logs."""
-        hooks = hooked_to_batches(callbacks.callbacks, kind)
-        pace = Pace(self._pace(hooks))
-        means, done = Means(), 0
-        while steps is None or done < steps:
-            asked = pace.next(None if steps is None else steps - done)
-            began = time.time()
-            if asked == 1:
-                for hook in hooks:
-                    getattr(hook, f"on_{kind}_batch_begin")(done)
-            with self._recording() if loop.eager else contextlib.nullcontext():
-                logs = loop(iterator, asked, 1 + (self.steps if kind == "train" else done))
-            pace.took(logs.done, time.time() - began)
-            means.add(logs.weights, logs.scalars)
-            if folder is not None:
-                self._write(kind, folder, loop, logs, began)
-            done += logs.done
-            if hooks:
-                self._replay(kind, hooks, logs, done - logs.done, begin=asked > 1)
-            if logs.done < asked and steps is not None:
-                warnings.warn(f"The data ended after {done} of {steps} batches.", stacklevel=3)
-            if logs.done < asked or (kind == "train" and self.stop_training):
-                break
-        if not done:
-            raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
-        tracked: dict[str, Any] = {}
-        unweighed = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
-        for metric in self._updated[kind].values():
-            if metric not in unweighed:
-                tracked |= named_result(metric)
-        logged = {name: mean for name, mean in means.result().items() if not name.startswith(LEARNING_RATE)}
-        results = {name: float(tracked.get(name, mean)) for name, mean in logged.items()}
-        keras_mean = self._compiled.metrics[0]
-        if "loss" in results and keras_mean not in self._updated[kind].values():
-            keras_mean.update_state(results["loss"])  # for callbacks that look it up among the metrics
-        return results
-
-    def _write(self, kind: str, folder: str, loop: Loop, logs: CallLogs, began: float) -> None:
-        """Writes what a graph call told; validation has a step count of its own, which goes on rising."""
-        before = self.steps if kind == "train" else self._test_steps
-        self._events.steps(folder, 1 + before, {f"batch_{n}": values for n, values in logs.scalars.items()}, began)
-        for index, name, files in logs.images:
-            self._events.images(folder, 1 + before + index, {name: files})
-        if kind == "train":
-            self._events.graph(folder, loop.graph)
-            self.steps += logs.done
-        else:
-            self._test_steps += logs.done
-
-    def _pace(self, hooks: Sequence[keras.callbacks.Callback]) -> int | str:
-        if self.steps_per_execution != "auto":
-            return self.steps_per_execution
-        return "auto" if not self.run_eagerly and all(getattr(hook, "async_safe", False) for hook in hooks) else 1
-
-    def _replay(self, kind: str, hooks: Sequence[Any], logs: CallLogs, first: int, begin: bool) -> None:
-        """Calls the hooks for each step that a graph call did, with the values of that step."""
-        columns = {n: v.tolist() for n, v in logs.scalars.items() if not n.startswith(LEARNING_RATE)}
-        for index in range(logs.done):
-            values = {name: column[index] for name, column in columns.items()}
-            for hook in hooks:
-                if begin:
-                    getattr(hook, f"on_{kind}_batch_begin")(first + index)
-                getattr(hook, f"on_{kind}_batch_end")(first + index, values)
-
-    def _evaluate(self, batches: data.Batches, callbacks: Any, folder: str | None = None) -> dict[str, float]:
-        loop = self._prepared("test", batches.element_spec, self.run_eagerly)
-        with self._undisturbed():
-            self._reset_metrics()
-            callbacks.on_test_begin()
-            logs = self._run("test", loop, iter(batches.start(0)), batches.steps, callbacks, folder)
-            callbacks.on_test_end(logs)
-        return logs
-
-    @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Afterwards each variable that is not trained (metrics, seeds, moving means) is as it was before."""
-        trained = {id(variable) for variable in self.trainable_variables}
-        kept = [(variable, to_numpy(variable)) for variable in self._state() if id(variable) not in trained]
-        try:
-            yield
-        finally:
-            for variable, value in kept:
-                variable.assign(value)
-
-    def _reset_metrics(self) -> None:
-        for metric in self.metrics:
-            metric.reset_state()
-
-    def _gathered(self, value: Any) -> Any:
-        """All replicas' rows, in order."""
-        return _joined(*self.strategy.experimental_local_results(value))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Traced:
-    """A trace, and what it holds fast."""
-
-    key: Any
-    element_spec: Any
-    call: Any
-    trained: list[Any]
-
-
-def _joined(*parts: Any) -> Any:
-    """The rows of all parts as one array, or as one `tf.RaggedTensor`."""
-    whole = tf.concat(parts, 0)
-    return whole.numpy() if isinstance(whole, tf.Tensor) else whole
-
-
-def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:
-    return {f"epoch_{name}": value for name, value in logs.items()}
+    def _check_targets(self, *parts: data.Batches | None) -> None:
+        """Looks at all arrays for what a loss cannot learn from."""
+        for batches in parts:
+            if batches is not None and batches.arrays is not None:
+                x, y, _ = keras.utils.unpack_x_y_sample_weight(batches.arrays)
+                plausible.check_finite(batches.name, x)
+                for wanted in self._target_ranges:
+                    plausible.check_array(wanted, y, batches.name)
 
 
 def _due(validation_freq: int | Sequence[int], epoch: int) -> bool:

@@ -1,0 +1,232 @@
+"""One `fit`: epoch after epoch, with what it saves on the way, and from where it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from looplab import resume
+from looplab.checkpoint import Checkpoint, CheckpointError, Checkpoints, Saved
+from looplab.data import Batches
+from looplab.epoch import Progress
+from looplab.guard import Fault
+from looplab.interrupts import Interrupted, Interrupts
+from looplab.metrics import lower_is_better
+
+if TYPE_CHECKING:
+    from looplab.trainer import Trainer
+
+
+@dataclasses.dataclass
+class Fit:
+    """What one call of `fit` does."""
+
+    trainer: Trainer
+    train: Batches
+    validation: Batches | None
+    validates_after: Callable[[int], bool]
+    """Whether to validate after this epoch (from 0)."""
+    callbacks: keras.callbacks.CallbackList
+    first_epoch: int
+    epochs: int
+    checkpoints: Checkpoints | None
+    """None where nothing is saved."""
+    settings: Checkpoint
+    saved: Saved | None
+    """Where to go on."""
+
+    def __post_init__(self) -> None:
+        self._epoch = self.first_epoch
+        self._in_epoch = False
+        self._progress = Progress()
+        self._logs: dict[str, float] = {}
+        self._began = False
+        self._before_validation: dict[str, Any] | None = None
+        self._interrupts = Interrupts(self.trainer._stop.variable, active=self.checkpoints is not None)
+
+    def run(self) -> None:
+        """Trains."""
+        trainer = self.trainer
+        with self._interrupts, self._saving():
+            with self._interrupts.at_once():
+                self._prepare()
+            self.callbacks.on_train_begin()
+            if self.saved is not None:
+                self._go_on(self.saved)
+            self._began = True
+            iterator = None
+            while self._epoch < self.epochs and not trainer.stop_training:
+                if not self._in_epoch:
+                    trainer._reset_metrics()
+                    self.callbacks.on_epoch_begin(self._epoch)
+                    self._in_epoch, self._progress = True, Progress()
+                if iterator is None or not self.train.continues:
+                    iterator = iter(self.train.start(trainer.epochs, self._progress.done))
+                self._finish_epoch(iterator)
+            if self.checkpoints is not None:
+                self._save()
+            for known in trainer._minimized:  # as Keras does: with `use_ema`, the averages become the weights
+                known.optimizer.finalize_variable_values(known.variables)
+            self.callbacks.on_train_end(self._logs)
+
+    def _prepare(self) -> None:
+        """Traces all steps, so that all variables are there, and tells what does not fit before one is changed."""
+        trainer = self.trainer
+        # To go on, variables must be there before a step has run, which Python alone does not make.
+        eagerly = trainer.run_eagerly and self.saved is None
+        names = list(trainer._prepared("train", self.train.element_spec, eagerly).names)
+        if self.validation is not None:
+            names += [f"val_{name}" for name in trainer._prepared("test", self.validation.element_spec, eagerly).names]
+        trainer._check_targets(self.train, self.validation)
+        monitor = self.settings.monitor
+        if self.checkpoints is not None and monitor is not None:
+            if not eagerly and monitor not in names:
+                near = difflib.get_close_matches(monitor, names, 1) or names
+                raise ValueError(f"`monitor` must be in the logs of an epoch; {monitor!r} came. There is {near[0]!r}.")
+            self.checkpoints.prefer(lower_is_better(monitor, self.settings.mode, trainer.metrics))
+        if self.saved is not None:
+            variables = trainer._all_state()
+            self._state = self.saved.load(resume.most_bytes(variables))
+            resume.check(variables, self._state["variables"], self.saved.path)
+
+    def _finish_epoch(self, iterator: Iterator) -> None:
+        """Trains to the end of the epoch, and validates."""
+        trainer = self.trainer
+        with self._interrupts.at_once():  # a function of the epoch may give batches of another shape
+            loop = trainer._prepared("train", iterator.element_spec, trainer.run_eagerly)
+        self._logs = trainer._run(
+            "train", loop, iterator, self.train, self._progress, self.callbacks, "train", self._between_calls
+        )
+        validates = self.validation is not None and self.validates_after(self._epoch)
+        if validates and self.checkpoints is not None:
+            self._before_validation = self._state_now()  # where it is interrupted, it is done again as a whole
+        trainer.epochs += 1
+        trainer._events.scalars("train", trainer.epochs, _epoch_tags(self._logs))
+        if validates:
+            results = trainer._evaluate(
+                self.validation, self.callbacks, "validation", lambda _: self._interrupts.check()
+            )
+            trainer._events.scalars("validation", trainer.epochs, _epoch_tags(results))
+            self._logs |= {f"val_{name}": value for name, value in results.items()}
+        self._before_validation = None
+        self.callbacks.on_epoch_end(self._epoch, self._logs)
+        self._epoch, self._in_epoch, self._progress = self._epoch + 1, False, Progress()
+        if self.checkpoints is not None and self.checkpoints.due_after_epoch(trainer.epochs):
+            self._save()
+        self._interrupts.check()
+
+    def _between_calls(self, done: int) -> int | None:
+        """Saves where that is due, and returns how many steps are left until it is again."""
+        if self.checkpoints is None:
+            return None
+        steps = self.trainer.steps
+        if done and self.checkpoints.due_after_step(steps):
+            self._save()
+        self._interrupts.check()
+        return self.checkpoints.steps_left(steps)
+
+    # Saving, and going on.
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Ends it well whatever ends it."""
+        trainer, checkpoints = self.trainer, self.checkpoints
+        try:
+            yield
+            if checkpoints is not None:
+                checkpoints.wait()
+        except Interrupted as interrupted:
+            if self._began:
+                self._save()
+            assert checkpoints is not None
+            checkpoints.wait()
+            print(
+                f"looplab: {interrupted.received.name}: {trainer.steps} steps are saved in {trainer.log_dir}. "
+                f"To go on: `fit(..., resume=True)`, or --resume {trainer.log_dir} on a recipe's command line.",
+                file=sys.stderr,
+            )
+            raise
+        except Fault as fault:
+            if checkpoints is not None and fault.nothing_changed:
+                self._save()
+                checkpoints.wait()
+            raise fault.error(trainer.steps + 1, self._epoch + 1, trainer.log_dir) from None
+        finally:
+            if checkpoints is not None:
+                checkpoints.close()
+
+    def _save(self) -> None:
+        assert self.checkpoints is not None
+        state = self._before_validation or self._state_now()
+        self.checkpoints.commit(state["steps"], state["epochs"], state, self.trainer._events.files())
+
+    def _state_now(self) -> dict[str, Any]:
+        """All that decides how the training goes on, copied."""
+        trainer, progress = self.trainer, self._progress
+        monitored = self._logs.get(self.settings.monitor or "") if not self._in_epoch else None
+        return {
+            "steps": trainer.steps,
+            "epochs": trainer.epochs,
+            "test_steps": trainer._test_steps,
+            "skipped_steps": trainer.skipped_steps,
+            "seed": trainer.seed,
+            "stopped": trainer.stop_training,
+            "fit": len(trainer._finished),
+            "finished": [dict(history) for history in trainer._finished],
+            "epoch": self._epoch,
+            "in_epoch": self._in_epoch,
+            "batch": progress.done,
+            "ended": progress.ended,
+            "means": progress.means.state(),
+            "logs": dict(self._logs),
+            "monitored": monitored,
+            "data": self.train.described,
+            "events": trainer._events.sizes(),
+            "callbacks": resume.callback_states(self.callbacks.callbacks),
+            "variables": resume.values(trainer._all_state()),
+        }
+
+    def _go_on(self, saved: Saved) -> None:
+        """Brings everything to where it was saved, after the callbacks have begun: what they did then is undone."""
+        trainer, state = self.trainer, self._state
+        if state["in_epoch"]:
+            self.callbacks.on_epoch_begin(state["epoch"])
+        resume.assign(trainer._all_state(), state["variables"])
+        resume.restore_callbacks(self.callbacks.callbacks, state["callbacks"], saved.path)
+        trainer.steps, trainer.epochs, trainer._test_steps = state["steps"], state["epochs"], state["test_steps"]
+        trainer.skipped_steps, trainer.stop_training = state["skipped_steps"], state["stopped"]
+        trainer._finished = state["finished"]
+        trainer._events.rewind(state["events"])
+        self.train.advance(state["epoch"] - self.first_epoch)
+        self._epoch, self._in_epoch, self._logs = state["epoch"], state["in_epoch"], state["logs"]
+        self._progress = Progress(state["batch"], state["ended"])
+        self._progress.means.restore(state["means"])
+        assert self.checkpoints is not None
+        self.checkpoints.last = saved.path
+
+
+def check_resumable(saved: Saved, seed: int | None, described: dict[str, Any]) -> None:
+    """What was saved is of the same seed and data.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    for name, before, now in [
+        ("seed", saved.tree["seed"], saved.tree["seed"] if seed is None else seed),
+        *((name, saved.tree["data"].get(name), value) for name, value in described.items()),
+    ]:
+        if before != now:
+            raise CheckpointError(
+                f"`resume`: the run in {saved.path.parent.parent} has {name} {before}, and now it is {now}. Pass what "
+                f"it was, or start another run in another `log_dir`."
+            )
+
+
+def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:
+    return {f"epoch_{name}": value for name, value in logs.items()}

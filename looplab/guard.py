@@ -1,0 +1,192 @@
+"""What goes wrong while a step runs: found in the graph, before an update is applied, and told in words afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from looplab.tracking import path_of
+
+_ALREADY = "has updated the weights by itself"
+_ADVICE = (
+    "Often a smaller learning rate, or `global_clipnorm` of the optimizer, helps; `trainer.skip_nonfinite = n` passes "
+    "over up to n such steps in a row."
+)
+
+
+class Fault(Exception):
+    """A step was wrong, and is the last.
+
+    Args:
+        code, message: As the guard tells them.
+        kind: "train" or "test".
+        batch_number: From 1, in its epoch.
+        batch: Its parts by name, as arrays or structures of them, or None.
+        losses: The step's loss and its parts, by name.
+    """
+
+    def __init__(
+        self, code: int, message: str, kind: str, batch_number: int, batch: dict[str, Any], losses: dict[str, float]
+    ):
+        super().__init__(message)
+        self.code, self.message, self.kind, self.batch_number = code, message, kind, batch_number
+        self.batch, self.losses = _arrays(batch), losses
+
+    @property
+    def nothing_changed(self) -> bool:
+        """Whether all is as it was before the step."""
+        return _ALREADY not in self.message
+
+    def error(self, step: int, epoch: int, log_dir: Path | None) -> Exception:
+        """What to raise; the batch is written to `log_dir/nonfinite`."""
+        where = f"step {step} (batch {self.batch_number} of epoch {epoch})"
+        if self.kind != "train":
+            where = f"batch {self.batch_number} of an evaluation"
+        told = [f"{name} = {value:.6g}" for name, value in self.losses.items() if not math.isfinite(value)]
+        told += [text for name, array in self.batch.items() if (text := _described(name, array))]
+        text = f"{self.message}, at {where}. {'; '.join(told)}." if told else f"{self.message}, at {where}."
+        text = text[0].upper() + text[1:]
+        if self.code < 0 and self.nothing_changed:
+            return ValueError(f"{text} Nothing was learned from that batch.")
+        kept = (
+            "The weights were changed by it: go back to a checkpoint."
+            if not self.nothing_changed
+            else ("The update was not made.")
+        )
+        if log_dir is None:
+            return FloatingPointError(f"{text} {kept} {_ADVICE}")
+        file = log_dir / "nonfinite" / f"step-{step}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **self.batch)
+        return FloatingPointError(
+            f"{text} {kept} The batch is in {file}; a trainer with `run_eagerly=True` goes through it again, line by "
+            f"line, with `fit(..., resume=True)`. {_ADVICE}"
+        )
+
+
+class Guard:
+    """Keeps the first thing that a step finds wrong, as one number that the graph can return.
+
+    It is kept in a variable, because a step may find it in a branch or a loop, from which no tensor comes out; each
+    replica has its own. Codes are positive where nothing was updated, so that the step may be skipped, if its numbers
+    were not finite; negative for what must end the training.
+    """
+
+    def __init__(self) -> None:
+        on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
+        self._fault = tf.Variable(0, trainable=False, name="fault", **on_read)
+        self._doubt = tf.Variable(0, trainable=False, name="doubt", **on_read)
+        self._messages = [""]  # by code
+
+    def open(self) -> None:
+        """A step begins: nothing is wrong so far."""
+        self._fault.assign(0)
+        self._doubt.assign(0)
+
+    def fault(self) -> tf.Tensor:
+        """int32: 0, or the code of the first fault of the running step on this replica."""
+        return tf.convert_to_tensor(self._fault)
+
+    def doubt(self) -> tf.Tensor:
+        """int32: 0, or the code of what looks wrong, and may be meant."""
+        return tf.convert_to_tensor(self._doubt)
+
+    def report(self, wrong: Any, messages: Sequence[str], skippable: bool = False) -> None:
+        """Tells whether something is wrong: a bool tensor, or a vector with one message for each element."""
+        wrong = tf.reshape(wrong, [-1])
+        codes = tf.constant([self._code(message) for message in messages])
+        first = tf.where(tf.reduce_any(wrong), tf.gather(codes, tf.argmax(wrong)), 0)
+        before = self.fault()
+        self._fault.assign(tf.where(tf.equal(before, 0), first if skippable else -first, before))
+
+    def report_applied(self, losses: dict[str, tf.Tensor]) -> None:
+        """Looks at the losses of a step that let its optimizer apply gradients by itself."""
+        if losses:
+            finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in losses.values()]))
+            self.report(~finite, [f"{name} is not finite, and the step {_ALREADY}" for name in losses])
+
+    def question(self, looks_wrong: Any, message: str) -> None:
+        """Tells whether something looks wrong, which may be meant."""
+        self._doubt.assign(tf.where(looks_wrong, self._code(message), self.doubt()))
+
+    def message(self, code: int) -> str:
+        """What a code means."""
+        return self._messages[abs(code)]
+
+    def _code(self, message: str) -> int:
+        if message not in self._messages:
+            self._messages.append(message)
+        return self._messages.index(message)
+
+    def apply(
+        self, optimizer: keras.Optimizer, gradients: Sequence[Any], variables: Sequence[Any], loss: tf.Tensor
+    ) -> None:
+        """Lets the optimizer apply the gradients, unless something is wrong with them, the loss, or the step so far.
+
+        Whether all gradients are finite shows in the sum of the squares of each. It costs a hundredth of what it costs
+        to look at each number. What a `LossScaleOptimizer` finds not finite is its own business, as long as it scales.
+        """
+        if not optimizer.built:  # before the branch, in which no variable can be made
+            with keras.name_scope(optimizer.name, caller=optimizer):
+                optimizer.build(list(variables))
+        known = [(v, g) for v, g in zip(variables, gradients, strict=True) if g is not None]
+        squares = [tf.nn.l2_loss(_at_least_float32(g.values if hasattr(g, "values") else g)) for _, g in known]
+        finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in [loss, *squares]]))
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            scaled = tf.range(len(squares) + 1) > 0
+            finite |= scaled & (tf.convert_to_tensor(optimizer.dynamic_scale) > 1)
+        self.report(
+            ~finite,
+            ["the loss is not finite", *(f"the gradient of {path_of(v)} is not finite" for v, _ in known)],
+            skippable=True,
+        )
+        context = tf.distribute.get_replica_context()
+        wrong = self.fault()
+        if context.num_replicas_in_sync > 1:  # they must all apply it, or none
+            wrong = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.abs(wrong))
+
+        def on_all(strategy, gradients, wrong):
+            # As in Keras's LossScaleOptimizer: a branch within a replica could not apply anything to all of them.
+            def apply():
+                strategy.extended.call_for_each_replica(optimizer.apply, args=(gradients, variables))
+
+            tf.cond(tf.equal(strategy.experimental_local_results(wrong)[0], 0), apply, lambda: None)
+
+        context.merge_call(on_all, args=(gradients, wrong))
+
+
+def _arrays(parts: Any, path: str = "") -> dict[str, np.ndarray]:
+    """The arrays in a structure, by the keys that lead to them."""
+    if isinstance(parts, dict):
+        items = list(parts.items())
+    elif isinstance(parts, (list, tuple)):
+        items = list(enumerate(parts))
+    elif parts is None:
+        return {}
+    else:
+        return {path: np.asarray(parts.to_tensor() if isinstance(parts, tf.RaggedTensor) else parts)}
+    found: dict[str, np.ndarray] = {}
+    for key, inner in items:
+        found |= _arrays(inner, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _described(name: str, array: np.ndarray) -> str:
+    """What is to be seen in a part of a batch."""
+    if array.dtype.kind not in "iufb" or not array.size:
+        return ""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        row = int(np.nonzero(~np.isfinite(array))[0][0])
+        return f"`{name}` itself is not finite, first in row {row} of the batch"
+    return f"`{name}` is from {array.min():.6g} to {array.max():.6g}"
+
+
+def _at_least_float32(value: tf.Tensor) -> tf.Tensor:
+    """Half precision would overflow when squared."""
+    return value if value.dtype.size >= 4 else tf.cast(value, tf.float32)

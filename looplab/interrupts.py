@@ -1,0 +1,97 @@
+"""SIGTERM and Ctrl-C end a training after its running step, so that it can save what it has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(SystemExit):
+    """The training was ended by a signal; as an exit status, 128 and the signal's number, as shells have it."""
+
+    def __init__(self, received: signal.Signals):
+        super().__init__(128 + received)
+        self.received = received
+
+
+class Interrupts:
+    """Within it, the first signal asks the training to end, and a second one ends the process at once.
+
+    Python runs a handler only when its main thread comes back from the graph. So a thread of our own reads the signals
+    as they come: it tells the graph, whose running step becomes its last, and it ends the process at the second one.
+    Outside of the main thread, where no handler can be installed, and without `active`, signals do what they did.
+
+    Args:
+        stop: A variable that the graph looks at after each step.
+        active: Whether there is anything to save for.
+    """
+
+    def __init__(self, stop: tf.Variable, active: bool):
+        self._stop = stop
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._received: signal.Signals | None = None
+        self._at_once = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if self._active:
+            self._stop.assign(False)
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)  # as `set_wakeup_fd` wants it
+            self._thread = threading.Thread(target=self._watch, name="looplab-signals", daemon=True)
+            self._thread.start()
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            signal.set_wakeup_fd(self._wakeup_before)
+            for number, handler in self._before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            os.write(self._write, b"\0")  # no signal has this number
+            self._thread.join()
+            os.close(self._write)
+            os.close(self._read)
+            self._stop.assign(False)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal interrupts whatever runs: for what takes long and changes nothing, such as tracing."""
+        self.check()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal came."""
+        if self._received is not None:
+            raise Interrupted(self._received)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._received = self._received or signal.Signals(number)
+        if self._at_once:
+            self._at_once = False
+            raise Interrupted(self._received)
+
+    def _watch(self) -> None:
+        count = 0
+        while (number := os.read(self._read, 1)) != b"\0":
+            if number[0] in _SIGNALS:
+                count += 1
+                if count > 1:
+                    os._exit(128 + number[0])
+                received = self._received = signal.Signals(number[0])
+                self._stop.assign(True)
+                print(f"\nlooplab: {received.name}: ending after this step; again to end at once.", file=sys.stderr)

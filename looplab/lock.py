@@ -1,0 +1,38 @@
+"""A lock on a folder, held by one process, and freed by the kernel when that process ends in whatever way."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within it, `folder` (made if it is not there) is this process's own.
+
+    Raises:
+        ValueError: Another process holds it, or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115  (closed below, whatever happens within)
+    except OSError as error:
+        raise ValueError(f"`log_dir` {folder} cannot be written to: {error.strerror}. Pass another folder.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"`log_dir` {folder} is in use by {holder}. Wait for it, end it, or pass another folder."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield

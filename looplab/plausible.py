@@ -1,0 +1,212 @@
+"""Whether data, outputs and loss go together: what TensorFlow would train on without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from looplab.guard import Guard
+
+_SCALING = (keras.layers.Rescaling, keras.layers.Normalization, keras.layers.BatchNormalization)
+_KINDS = {
+    "sparse_categorical_crossentropy": "sparse",
+    "categorical_crossentropy": "categorical",
+    "categorical_focal_crossentropy": "categorical",
+    "binary_crossentropy": "binary",
+    "binary_focal_crossentropy": "binary",
+}
+
+
+class Range(NamedTuple):
+    """Which targets a loss can take."""
+
+    name: str
+    """What an error calls them, such as "y" or "y['digit']"."""
+    path: tuple[Any, ...]
+    """The keys that lead to them within y."""
+    most: float
+    """They are from 0 to this."""
+    whole: bool
+    """Whether they are classes, which are whole numbers."""
+    ignored: int | None
+    """A class that is not counted."""
+
+    def __str__(self) -> str:
+        kind = f"whole numbers from 0 to {self.most:.0f}, the classes of the outputs" if self.whole else "from 0 to 1"
+        return f"`{self.name}` must be {kind}"
+
+
+def ranges(loss: Any, y: Any, y_pred: Any) -> Iterator[Range]:
+    """The range of each target of a cross-entropy.
+
+    Raises:
+        ValueError: One-hot targets came to a loss of labels, or the reverse.
+    """
+    for path, function, target, output in _pairs(loss, y, y_pred, ()):
+        kind, _ = _kind(function)
+        if kind is None or output.shape.rank is None or target.shape.rank is None:
+            continue
+        name = "y" + "".join(f"[{key!r}]" for key in path)
+        classes, of_one_shape = output.shape[-1], target.shape.rank == output.shape.rank
+        told = f"`{name}` of shape {target.shape} came, with outputs of shape {output.shape}"
+        if kind == "sparse" and of_one_shape and classes not in (None, 1) and target.shape[-1] == classes:
+            raise ValueError(
+                f"`loss` sparse_categorical_crossentropy takes labels, one whole number for each example; {told}: "
+                f"they look one-hot. Pass `loss='categorical_crossentropy'`, or `y.argmax(-1)`."
+            )
+        is_label = not of_one_shape or (target.shape[-1] == 1 and classes not in (None, 1))
+        if kind == "categorical" and is_label:
+            raise ValueError(
+                f"`loss` categorical_crossentropy takes one-hot targets; {told}: they look like labels. "
+                f"Pass `loss='sparse_categorical_crossentropy'`, or `keras.utils.to_categorical(y)`."
+            )
+        if kind == "sparse" and classes is not None:
+            yield Range(name, path, classes - 1, True, getattr(function, "ignore_class", None))
+        elif kind != "sparse":
+            yield Range(name, path, 1.0, False, None)
+
+
+def fitted(guard: Guard, wanted: Range, y: Any) -> Any:
+    """Y with what is out of range set to 0, and reported: some devices would stop there, others compute NaN."""
+    if not wanted.path:
+        wrong = _out_of_range(wanted, y, tf)
+        guard.report(tf.reduce_any(wrong), [f"{wanted}"])
+        return tf.where(wrong, tf.zeros_like(y), y)
+    key, *rest = wanted.path
+    inner = fitted(guard, wanted._replace(path=tuple(rest)), y[key])
+    if isinstance(y, dict):
+        return {**y, key: inner}
+    return type(y)(inner if index == key else part for index, part in enumerate(y))
+
+
+def check_array(wanted: Range, y: Any, of: str) -> None:
+    """The same for all targets at once.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    for key in wanted.path:
+        y = y[key]
+    values = np.asarray(y)
+    wrong = _out_of_range(wanted, values, np)
+    if wrong.any():
+        first = tuple(int(index[0]) for index in np.nonzero(wrong))
+        raise ValueError(f"{wanted}; {values[first]} came, at index {first[0]}{_of(of)}; {wrong.sum()} in all.")
+
+
+def check_finite(name: str, values: Any) -> None:
+    """Floating numbers in arrays are finite.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for array in tf.nest.flatten(values):
+        if not isinstance(array, tf.RaggedTensor):
+            _check_finite(name, np.asarray(array))
+
+
+def _check_finite(name: str, values: np.ndarray) -> None:
+    if not np.issubdtype(values.dtype, np.floating):
+        return
+    for first in range(0, len(values), 4096):  # a part at a time, for the sake of memory
+        finite = np.isfinite(values[first : first + 4096])
+        if not finite.all():
+            row = first + int(np.nonzero(~finite)[0][0])
+            raise ValueError(
+                f"`{name}` must be finite numbers; NaN or infinity came, first at index {row}. Remove or "
+                f"replace them; a model that is made for them takes a `tf.data.Dataset`, which is not searched."
+            )
+
+
+def _of(name: str) -> str:
+    return "" if name == "x" else f" of `{name}`"
+
+
+def question(guard: Guard, number: tf.Tensor, loss: Any, x: Any, y: Any, y_pred: Any, model: Any) -> None:
+    """At the first step, asks whether outputs look like what the loss takes, and images like what the model takes."""
+
+    def ask() -> None:
+        for _, function, target, output in _pairs(loss, y, y_pred, ()):
+            kind, from_logits = _kind(function)
+            output = tf.cast(output, tf.float32)
+            in_range = tf.reduce_all((output >= 0) & (output <= 1))
+            if kind in ("sparse", "categorical"):
+                sums = tf.reduce_sum(output, -1)
+                in_range &= tf.reduce_all(tf.abs(sums - 1) < 0.01)
+            if kind is not None and from_logits:
+                guard.question(
+                    in_range,
+                    "`loss` has from_logits=True, and the outputs look like probabilities: pass from_logits=False, or "
+                    "take the softmax or sigmoid out of the model.",
+                )
+            elif kind is not None:
+                guard.question(
+                    ~in_range,
+                    "`loss` takes probabilities, and the outputs do not look like any: pass from_logits=True, or let "
+                    "the model end with a softmax or sigmoid.",
+                )
+            elif target.shape.rank == output.shape.rank and target.dtype.is_floating:
+                spread = tf.reduce_max(output) > tf.reduce_min(output)
+                beyond = tf.cast(tf.reduce_max(target), tf.float32) > 1.5
+                guard.question(
+                    in_range & spread & beyond,
+                    "The targets go beyond 1, and the outputs are all from 0 to 1: scale the targets to that, such as "
+                    "images by 1/255.",
+                )
+        if is_image:
+            low, high = tf.reduce_min(x), tf.reduce_max(x)
+            guard.question(
+                (low >= 0) & (high > 128) & (high <= 255) & tf.reduce_all(tf.equal(x, tf.floor(x))),
+                "`x` looks like images of 0 to 255, and the model has no layer that scales: scale them by 1/255, or "
+                "begin the model with `keras.layers.Rescaling(1 / 255)`.",
+            )
+
+    is_image = (
+        isinstance(x, tf.Tensor)
+        and (x.shape.rank or 0) >= 3
+        and x.dtype.is_floating
+        and isinstance(model, keras.Model)
+        and not any(isinstance(layer, _SCALING) for layer in model._flatten_layers())
+    )
+    tf.cond(tf.equal(number, 1), ask, lambda: None)
+
+
+def _pairs(loss: Any, y: Any, y_pred: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any, Any, Any]]:
+    """(keys that lead to it, loss, target, output) of each output that has a loss and a target."""
+    if isinstance(y_pred, dict):
+        keys: Any = list(y_pred)
+    elif isinstance(y_pred, (list, tuple)):
+        keys = range(len(y_pred))
+    else:
+        if isinstance(y_pred, tf.Tensor) and isinstance(y, tf.Tensor) and loss is not None:
+            yield path, loss, y, y_pred
+        return
+    for key in keys:
+        try:
+            inner = loss[key] if isinstance(loss, (dict, list, tuple)) else loss
+            yield from _pairs(inner, y[key], y_pred[key], (*path, key))
+        except (KeyError, IndexError, TypeError):  # Keras finds it by another way, or tells what does not fit
+            continue
+
+
+def _kind(loss: Any) -> tuple[str | None, bool]:
+    """Which cross-entropy it is, if any, and whether it takes logits."""
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    function = getattr(loss, "fn", loss)
+    is_keras = getattr(keras.losses, getattr(function, "__name__", ""), None) is function
+    options = getattr(loss, "_fn_kwargs", {})
+    return (_KINDS.get(function.__name__) if is_keras else None), bool(options.get("from_logits", False))
+
+
+def _out_of_range(wanted: Range, y: Any, library: Any) -> Any:
+    """A bool for each target, by TensorFlow or NumPy; float64 holds any label."""
+    value = tf.cast(y, tf.float64) if library is tf else np.asarray(y, np.float64)
+    wrong = ~((value >= 0) & (value <= wanted.most))  # so that NaN is wrong, too
+    if wanted.whole:
+        wrong |= value != library.floor(value)
+    return wrong if wanted.ignored is None else wrong & (value != wanted.ignored)
