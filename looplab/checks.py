@@ -203,11 +203,8 @@ def named(function: Callable[P, R]) -> Callable[P, R]:
         for name in kwargs:
             if name not in parameters:
                 near = difflib.get_close_matches(name, parameters, 1)
-                hint = (
-                    f"did you mean `{near[0]}`?"
-                    if near
-                    else f"it has {', '.join(p for p in parameters if p != 'self')}."
-                )
+                known = ", ".join(parameter for parameter in parameters if parameter != "self")
+                hint = f"did you mean `{near[0]}`?" if near else f"it has {known}."
                 who = function.__qualname__.removesuffix(".__init__")
                 raise TypeError(f"`{who}` has no argument `{name}`: {hint}")
         return function(*args, **kwargs)

@@ -215,13 +215,13 @@ class Epochs(Logs):
         """The logs of a pass: the result of each metric that was updated, and the means of other values."""
         tracked: dict[str, Any] = {}
         unweighed = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
-        for metric in self._updated[kind].values():
+        for metric in self._batch_metrics.updated[kind].values():
             if metric not in unweighed:
                 tracked |= named_result(metric)
         logged = {name: mean for name, mean in means.result().items() if not name.startswith(LEARNING_RATE)}
         results = {name: float(tracked.get(name, mean)) for name, mean in logged.items()}
         keras_mean = self._compiled.metrics[0]
-        if "loss" in results and keras_mean not in self._updated[kind].values():
+        if "loss" in results and keras_mean not in self._batch_metrics.updated[kind].values():
             keras_mean.update_state(results["loss"])  # for callbacks that look it up among the metrics
         return results
 

@@ -95,7 +95,7 @@ class Fit:
             self._state = self.saved.load(resume.most_bytes(variables))
             resume.check(variables, self._state["variables"], self.saved.path)
 
-    def _finish_epoch(self, iterator: Iterator) -> None:
+    def _finish_epoch(self, iterator: Any) -> None:
         """Trains to the end of the epoch, and validates."""
         trainer = self.trainer
         with self._interrupts.at_once():  # a function of the epoch may give batches of another shape
@@ -109,9 +109,9 @@ class Fit:
         trainer.epochs += 1
         trainer._events.scalars("train", trainer.epochs, _epoch_tags(self._logs))
         if validates:
-            results = trainer._evaluate(
-                self.validation, self.callbacks, "validation", lambda _: self._interrupts.check()
-            )
+            assert self.validation is not None
+            check = self._interrupts.check
+            results = trainer._evaluate(self.validation, self.callbacks, "validation", lambda _: check())
             trainer._events.scalars("validation", trainer.epochs, _epoch_tags(results))
             self._logs |= {f"val_{name}": value for name, value in results.items()}
         self._before_validation = None

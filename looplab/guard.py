@@ -20,7 +20,7 @@ _ADVICE = (
 )
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818  (`error` makes an error of it)
     """A step was wrong, and is the last.
 
     Args:
@@ -63,7 +63,7 @@ class Fault(Exception):
             return FloatingPointError(f"{text} {kept} {_ADVICE}")
         file = log_dir / "nonfinite" / f"step-{step}.npz"
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **self.batch)
+        np.savez(file, **self.batch)  # type: ignore[arg-type]
         return FloatingPointError(
             f"{text} {kept} The batch is in {file}; a trainer with `run_eagerly=True` goes through it again, line by "
             f"line, with `fit(..., resume=True)`. {_ADVICE}"

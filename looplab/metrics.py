@@ -23,6 +23,10 @@ class BatchMetrics:
     """
 
     def __init__(self) -> None:
+        self.updated: dict[str, dict[str, keras.Metric]] = {
+            "train": {},
+            "test": {},
+        }  # by kind of step
         self._copies: dict[keras.Metric, list[tuple[tf.Variable, np.ndarray]]] = {}  # and the value of each when fresh
         self._step = threading.local()  # each thread, which is each replica, has its own step
 
@@ -53,11 +57,12 @@ class BatchMetrics:
                         setattr(metric, name, method)
 
     @contextlib.contextmanager
-    def open(self, updated: dict[str, keras.Metric]) -> Iterator[None]:
-        """Within it runs a step; `updated` are the metrics it is known to update, and it is told of others."""
+    def open(self, kind: str) -> Iterator[None]:
+        """Within it runs a step of this kind, "train" or "test"."""
+        updated = self.updated[kind]
         self._step.updated, self._step.asked, self._step.copying = updated, set(), False
-        for metric in updated.values():
-            for copy, fresh in self._copies[metric]:
+        for copies in self._copies.values():  # also where this trace does not know yet that it will update them
+            for copy, fresh in copies:
                 copy.assign(fresh)
         try:
             yield

@@ -55,7 +55,6 @@ class Steps(Tracked):
         self._batch_metrics = BatchMetrics()
         self._guard = Guard()
         self._target_ranges: list[plausible.Range] = []  # as the outputs of the last trace tell them
-        self._updated: dict[str, dict[str, keras.Metric]] = {"train": {}, "test": {}}  # metrics, by kind of step
         self._image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}}
         self._now = _Now()
 
@@ -181,7 +180,7 @@ class Steps(Tracked):
         now = self._now
         rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
         with now.open(self._image_every[kind], number), now.ledger.open(self.trainable_variables):
-            with self._batch_metrics.open(self._updated[kind]):
+            with self._batch_metrics.open(kind):
                 self._guard.open()
                 if self.strategy.num_replicas_in_sync == 1:  # of several, one may have none of a last batch
                     self._guard.report(tf.equal(examples(batch), 0), ["the batch has no rows: filter empty ones out"])

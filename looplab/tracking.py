@@ -6,6 +6,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -174,7 +175,9 @@ class Tracked:
             elif isinstance(held.thing, _VARIABLES):
                 by_path[held.path] = held.thing
             else:
-                by_path |= {f"{held.path}/{index}": v for index, v in enumerate(held.thing.variables)}
+                owned = [metric.variables for metric in getattr(held.thing, "metrics", ())]
+                variables = itertools.chain(held.thing.variables, *owned)
+                by_path |= {f"{held.path}/{index}": variable for index, variable in enumerate(variables)}
         first = {id(variable): path for path, variable in reversed(by_path.items())}
         return {path: variable for path, variable in by_path.items() if first[id(variable)] == path}
 
