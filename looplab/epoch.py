@@ -79,6 +79,7 @@ class Epochs(Logs):
                         self._image_every[kind],
                         self.strategy,
                         self._untrained if kind == "train" else list,
+                        self._guard.forget,
                         self._stop.variable,
                         self.jit_compile,
                         eagerly,
@@ -164,8 +165,6 @@ class Epochs(Logs):
                 first = 1 + (self.steps if kind == "train" else done)
                 logs = loop(iterator, asked, first, in_a_row, self.skip_nonfinite)
             pace.took(logs.done, time.time() - began)
-            for code in {*logs.doubts[logs.doubts != 0].tolist()}:
-                warnings.warn(self._guard.message(code), stacklevel=4)
             clean = logs.faults == 0
             in_a_row = int(clean[::-1].argmax()) if clean.any() else in_a_row + logs.done
             stopped = logs.done > 0 and (logs.faults[-1] < 0 or in_a_row > self.skip_nonfinite)

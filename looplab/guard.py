@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import tensorflow as tf
 from looplab.tracking import path_of
 
 _ALREADY = "has updated the weights by itself"
+NO_ROWS = "the batch has no rows: filter empty ones out"
 _ADVICE = (
     "Often a smaller learning rate, or `global_clipnorm` of the optimizer, helps; `trainer.skip_nonfinite = n` passes "
     "over up to n such steps in a row."
@@ -75,35 +77,42 @@ class Guard:
 
     It is kept in a variable, because a step may find it in a branch or a loop, from which no tensor comes out; each
     replica has its own. Codes are positive where nothing was updated, so that the step may be skipped, if its numbers
-    were not finite; negative for what must end the training.
+    were not finite; negative for what must end the training. All that costs time happens only where something is wrong.
     """
 
     def __init__(self) -> None:
         on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
         self._fault = tf.Variable(0, trainable=False, name="fault", **on_read)
-        self._doubt = tf.Variable(0, trainable=False, name="doubt", **on_read)
         self._messages = [""]  # by code
-
-    def open(self) -> None:
-        """A step begins: nothing is wrong so far."""
-        self._fault.assign(0)
-        self._doubt.assign(0)
+        self._reported: dict[int, bool] = {}  # by thread, which is a replica: whether the traced step reports anything
 
     def fault(self) -> tf.Tensor:
         """int32: 0, or the code of the first fault of the running step on this replica."""
         return tf.convert_to_tensor(self._fault)
 
-    def doubt(self) -> tf.Tensor:
-        """int32: 0, or the code of what looks wrong, and may be meant."""
-        return tf.convert_to_tensor(self._doubt)
+    def open(self) -> None:
+        """A step begins."""
+        self._reported[threading.get_ident()] = False
 
-    def report(self, wrong: Any, messages: Sequence[str], skippable: bool = False) -> None:
-        """Tells whether something is wrong: a bool tensor, or a vector with one message for each element."""
-        wrong = tf.reshape(wrong, [-1])
-        codes = tf.constant([self._code(message) for message in messages])
-        first = tf.where(tf.reduce_any(wrong), tf.gather(codes, tf.argmax(wrong)), 0)
-        before = self.fault()
-        self._fault.assign(tf.where(tf.equal(before, 0), first if skippable else -first, before))
+    def forget(self) -> None:
+        """What was wrong is dealt with: in the next step nothing is, so far."""
+        self._fault.assign(0)
+
+    def report(self, wrong: tf.Tensor, messages: Sequence[str], skippable: bool = False) -> None:
+        """Tells whether something is wrong, by a vector of bools with a message for each."""
+        self._reported[threading.get_ident()] = True
+        codes = [self._code(message) * (1 if skippable and message != NO_ROWS else -1) for message in messages]
+
+        def note() -> None:
+            before = self.fault()
+            first = tf.gather(tf.constant(codes), tf.argmax(wrong))
+            self._fault.assign(tf.where(tf.equal(before, 0), first, before))
+
+        tf.cond(tf.reduce_any(wrong), note, lambda: None)
+
+    def message(self, code: int) -> str:
+        """What a code means."""
+        return self._messages[abs(code)]
 
     def report_applied(self, losses: dict[str, tf.Tensor]) -> None:
         """Looks at the losses of a step that let its optimizer apply gradients by itself."""
@@ -111,23 +120,18 @@ class Guard:
             finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in losses.values()]))
             self.report(~finite, [f"{name} is not finite, and the step {_ALREADY}" for name in losses])
 
-    def question(self, looks_wrong: Any, message: str) -> None:
-        """Tells whether something looks wrong, which may be meant."""
-        self._doubt.assign(tf.where(looks_wrong, self._code(message), self.doubt()))
-
-    def message(self, code: int) -> str:
-        """What a code means."""
-        return self._messages[abs(code)]
-
-    def _code(self, message: str) -> int:
-        if message not in self._messages:
-            self._messages.append(message)
-        return self._messages.index(message)
-
     def apply(
-        self, optimizer: keras.Optimizer, gradients: Sequence[Any], variables: Sequence[Any], loss: tf.Tensor
+        self,
+        optimizer: keras.Optimizer,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+        loss: tf.Tensor,
+        rows: tf.Tensor,
     ) -> None:
         """Lets the optimizer apply the gradients, unless something is wrong with them, the loss, or the step so far.
+
+        Args:
+            rows: How many examples this replica has, or 1 where it may have none.
 
         Whether all gradients are finite shows in the sum of the squares of each. It costs a hundredth of what it costs
         to look at each number. What a `LossScaleOptimizer` finds not finite is its own business, as long as it scales.
@@ -136,29 +140,41 @@ class Guard:
             with keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(list(variables))
         known = [(v, g) for v, g in zip(variables, gradients, strict=True) if g is not None]
-        squares = [tf.nn.l2_loss(_at_least_float32(g.values if hasattr(g, "values") else g)) for _, g in known]
-        finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in [loss, *squares]]))
+        numbers = [g.values if isinstance(g, tf.IndexedSlices) else g for _, g in known]
+        squares = tf.add_n([tf.nn.l2_loss(numbers) for numbers in _grouped(numbers)])
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            scaled = tf.range(len(squares) + 1) > 0
-            finite |= scaled & (tf.convert_to_tensor(optimizer.dynamic_scale) > 1)
-        self.report(
-            ~finite,
-            ["the loss is not finite", *(f"the gradient of {path_of(v)} is not finite" for v, _ in known)],
-            skippable=True,
-        )
+            squares = tf.where(tf.convert_to_tensor(optimizer.dynamic_scale) > 1, 0.0, squares)
         context = tf.distribute.get_replica_context()
-        wrong = self.fault()
-        if context.num_replicas_in_sync > 1:  # they must all apply it, or none
-            wrong = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.abs(wrong))
+        sound = tf.math.is_finite(tf.cast(loss, tf.float32) + squares + 1 / tf.cast(rows, tf.float32))
+        if self._reported.get(threading.get_ident()):
+            sound &= tf.equal(self.fault(), 0)
 
-        def on_all(strategy, gradients, wrong):
+        def report():
+            messages = [NO_ROWS, "the loss is not finite"]
+            messages += [f"the gradient of {path_of(v)} is not finite, or overflows when squared" for v, _ in known]
+            messages += ["the squares of all gradients overflow when added up"]
+            values = [1 / tf.cast(rows, tf.float32), loss, *map(tf.nn.l2_loss, map(_at_least_float32, numbers)), squares]
+            finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in values]))
+            self.report(~finite, messages, skippable=True)
+
+        if context.num_replicas_in_sync > 1:  # they must all apply it, or none
+            tf.cond(sound, lambda: None, report)
+            sound = tf.equal(context.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~sound, tf.int32)), 0)
+
+        def on_all(strategy, gradients, sound):
             # As in Keras's LossScaleOptimizer: a branch within a replica could not apply anything to all of them.
             def apply():
                 strategy.extended.call_for_each_replica(optimizer.apply, args=(gradients, variables))
 
-            tf.cond(tf.equal(strategy.experimental_local_results(wrong)[0], 0), apply, lambda: None)
+            refuse = report if strategy.num_replicas_in_sync == 1 else lambda: None
+            tf.cond(strategy.experimental_local_results(sound)[0], apply, refuse)
 
-        context.merge_call(on_all, args=(gradients, wrong))
+        context.merge_call(on_all, args=(gradients, sound))
+
+    def _code(self, message: str) -> int:
+        if message not in self._messages:
+            self._messages.append(message)
+        return self._messages.index(message)
 
 
 def _arrays(parts: Any, path: str = "") -> dict[str, np.ndarray]:
@@ -185,6 +201,19 @@ def _described(name: str, array: np.ndarray) -> str:
         row = int(np.nonzero(~np.isfinite(array))[0][0])
         return f"`{name}` itself is not finite, first in row {row} of the batch"
     return f"`{name}` is from {array.min():.6g} to {array.max():.6g}"
+
+
+def _grouped(gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """The large ones, and the small ones as one: each operation costs more than it computes."""
+    sizes = [gradient.shape.num_elements() for gradient in gradients]
+    wide = [_at_least_float32(gradient) for gradient in gradients]
+    large = [gradient for gradient, size in zip(wide, sizes, strict=True) if size is None or size >= 2**14]
+    small = [
+        tf.reshape(tf.cast(gradient, tf.float32), [-1])
+        for gradient, size in zip(wide, sizes, strict=True)
+        if size is not None and size < 2**14
+    ]
+    return [tf.cast(gradient, tf.float32) for gradient in large] + ([tf.concat(small, 0)] if small else [])
 
 
 def _at_least_float32(value: tf.Tensor) -> tf.Tensor:

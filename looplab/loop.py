@@ -18,8 +18,6 @@ class StepLogs(NamedTuple):
     """uint8 images of shape (n, height, width, channels), by name."""
     fault: Any = 0
     """int32: 0, or what was wrong, for which the step did not update what it trains; see `Guard`."""
-    doubt: Any = 0
-    """int32: 0, or what looked wrong."""
 
 
 class CallLogs(NamedTuple):
@@ -35,8 +33,6 @@ class CallLogs(NamedTuple):
     """(index of the step in this call, name, PNG files)."""
     faults: np.ndarray
     """int, shape (done,): 0, or what was wrong with each step."""
-    doubts: np.ndarray
-    """Likewise, what looked wrong."""
     batch: Any
     """The optional that holds the last step's batch, or the end of the data."""
 
@@ -44,8 +40,7 @@ class CallLogs(NamedTuple):
         """Those of the first steps alone."""
         scalars = {name: values[:steps] for name, values in self.scalars.items()}
         images = [image for image in self.images if image[0] < steps]
-        arrays = self.faults[:steps], self.doubts[:steps]
-        return CallLogs(steps, self.weights[:steps], scalars, images, *arrays, self.batch)
+        return CallLogs(steps, self.weights[:steps], scalars, images, self.faults[:steps], self.batch)
 
 
 class Loop:
@@ -62,6 +57,7 @@ class Loop:
         image_every: For each image's name, n: it is kept at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
         strategy: Where the step runs. The replicas' scalars are averaged, weighed by the examples that each had.
         state: Tells the variables that are brought back to what they were where a step had a fault.
+        forget: Called in the graph when that is done.
         stop: A bool variable: once it is true, the running step is the last.
         jit_compile: Whether XLA compiles the step.
         run_eagerly: Whether Python goes through it line by line, for debugging.
@@ -74,6 +70,7 @@ class Loop:
         image_every: dict[str, int],
         strategy: tf.distribute.Strategy,
         state: Callable[[], Sequence[Any]] = lambda: (),
+        forget: Callable[[], None] = lambda: None,
         stop: tf.Variable | None = None,
         jit_compile: bool = False,
         run_eagerly: bool = False,
@@ -83,6 +80,7 @@ class Loop:
         self._image_every = image_every
         self._strategy = strategy
         self._state = state
+        self._forget = forget
         self._stop = tf.Variable(False, trainable=False) if stop is None else stop
         self._scalar_names: list[str] = []
         self._image_names: list[str] = []
@@ -129,9 +127,9 @@ class Loop:
             for name, cell in zip(self._image_names, row, strict=True)
             if cell
         ]
-        weights, faults, doubts, *columns = table.T
+        weights, faults, *columns = table.T
         scalars = dict(zip(self._scalar_names, columns, strict=True))
-        return CallLogs(len(table), weights, scalars, images, faults.astype(int), doubts.astype(int), batch)
+        return CallLogs(len(table), weights, scalars, images, faults.astype(int), batch)
 
     def _make_variables(self) -> None:
         """Goes through the step in a graph that is then forgotten; the variables that Keras made remain.
@@ -156,32 +154,36 @@ class Loop:
                 weight = tf.cast(examples(batch), tf.float64)
                 sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
                 sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
-            return weight, sums, logs.images, logs.fault, logs.doubt
+            return weight, sums, logs.images, logs.fault
 
-        weight, sums, images, fault, doubt = self._strategy.run(replica_step, (batch, number))
+        weight, sums, images, fault = self._strategy.run(replica_step, (batch, number))
         with tf.name_scope("logs"):
             total = self._strategy.reduce("SUM", weight, axis=None)
             means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
-            fault, doubt = self._worst(fault), self._worst(doubt)
+            fault = self._worst(fault)
         images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
 
         def bring_back() -> None:
             for variable, value in before:
                 variable.assign(value)
+            self._forget()
 
         tf.cond(tf.equal(fault, 0), lambda: None, bring_back)
-        return total, StepLogs(means, images, fault, doubt)
+        return total, StepLogs(means, images, fault)
 
     def _worst(self, codes: Any) -> tf.Tensor:
         """Of the replicas' codes the lowest, if one is negative, else the highest."""
-        values = tf.stack(self._strategy.experimental_local_results(codes))
+        values = self._strategy.experimental_local_results(codes)
+        if len(values) == 1:
+            return values[0]
+        values = tf.stack(values)
         return tf.where(tf.reduce_any(values < 0), tf.reduce_min(values), tf.reduce_max(values))
 
     def _call(self, iterator, first, steps, faulty, most_faulty):
         """The loop around the step: a graph call, or stepped through by Python."""
         size = 0 if self.eager else steps
         step = self._whole_step if self.eager else self._one_step
-        row_shape = None if self.eager else (3 + len(self._scalar_names),)
+        row_shape = None if self.eager else (2 + len(self._scalar_names),)
         picture_shape = None if self.eager else (len(self._image_names),)
         rows = tf.TensorArray(tf.float64, size, dynamic_size=self.eager, element_shape=row_shape)
         pictures = tf.TensorArray(tf.string, size, dynamic_size=self.eager, element_shape=picture_shape)
@@ -190,7 +192,7 @@ class Loop:
         while goes_on & batch.has_value():
             number = first + tf.cast(done, tf.int64)
             weight, logs = step(batch.get_value(), number)
-            values = [weight, _wide(logs.fault), _wide(logs.doubt)]
+            values = [weight, _wide(logs.fault)]
             values += [logs.scalars[name] for name in self._scalar_names]
             rows = rows.write(done, tf.stack(values))
             pictures = pictures.write(done, self._encoded(logs.images, number))

@@ -12,6 +12,8 @@ import tensorflow as tf
 from looplab.guard import Guard
 
 _SCALING = (keras.layers.Rescaling, keras.layers.Normalization, keras.layers.BatchNormalization)
+_PROBABILITIES = ("Softmax", "Sigmoid")
+_LOGITS = ("BiasAdd", "MatMul", "BatchMatMulV2", "AddV2", "Add", "Conv2D", "Einsum")
 _KINDS = {
     "sparse_categorical_crossentropy": "sparse",
     "categorical_crossentropy": "categorical",
@@ -74,7 +76,7 @@ def fitted(guard: Guard, wanted: Range, y: Any) -> Any:
     """Y with what is out of range set to 0, and reported: some devices would stop there, others compute NaN."""
     if not wanted.path:
         wrong = _out_of_range(wanted, y, tf)
-        guard.report(tf.reduce_any(wrong), [f"{wanted}"])
+        guard.report(tf.reshape(tf.reduce_any(wrong), [1]), [f"{wanted}"])
         return tf.where(wrong, tf.zeros_like(y), y)
     key, *rest = wanted.path
     inner = fitted(guard, wanted._replace(path=tuple(rest)), y[key])
@@ -126,53 +128,50 @@ def _of(name: str) -> str:
     return "" if name == "x" else f" of `{name}`"
 
 
-def question(guard: Guard, number: tf.Tensor, loss: Any, x: Any, y: Any, y_pred: Any, model: Any) -> None:
-    """At the first step, asks whether outputs look like what the loss takes, and images like what the model takes."""
-
-    def ask() -> None:
-        for _, function, target, output in _pairs(loss, y, y_pred, ()):
-            kind, from_logits = _kind(function)
-            output = tf.cast(output, tf.float32)
-            in_range = tf.reduce_all((output >= 0) & (output <= 1))
-            if kind in ("sparse", "categorical"):
-                sums = tf.reduce_sum(output, -1)
-                in_range &= tf.reduce_all(tf.abs(sums - 1) < 0.01)
-            if kind is not None and from_logits:
-                guard.question(
-                    in_range,
-                    "`loss` has from_logits=True, and the outputs look like probabilities: pass from_logits=False, or "
-                    "take the softmax or sigmoid out of the model.",
-                )
-            elif kind is not None:
-                guard.question(
-                    ~in_range,
-                    "`loss` takes probabilities, and the outputs do not look like any: pass from_logits=True, or let "
-                    "the model end with a softmax or sigmoid.",
-                )
-            elif target.shape.rank == output.shape.rank and target.dtype.is_floating:
-                spread = tf.reduce_max(output) > tf.reduce_min(output)
-                beyond = tf.cast(tf.reduce_max(target), tf.float32) > 1.5
-                guard.question(
-                    in_range & spread & beyond,
-                    "The targets go beyond 1, and the outputs are all from 0 to 1: scale the targets to that, such as "
-                    "images by 1/255.",
-                )
-        if is_image:
-            low, high = tf.reduce_min(x), tf.reduce_max(x)
-            guard.question(
-                (low >= 0) & (high > 128) & (high <= 255) & tf.reduce_all(tf.equal(x, tf.floor(x))),
-                "`x` looks like images of 0 to 255, and the model has no layer that scales: scale them by 1/255, or "
-                "begin the model with `keras.layers.Rescaling(1 / 255)`.",
+def doubts(loss: Any, y: Any, y_pred: Any) -> Iterator[str]:
+    """What outputs do not seem to be, by the operation that made them: nothing where that tells nothing."""
+    for _, function, _, output in _pairs(loss, y, y_pred, ()):
+        kind, from_logits = _kind(function)
+        made_by = _made_by(output)
+        if kind is not None and from_logits and made_by in _PROBABILITIES:
+            yield (
+                f"`loss` has from_logits=True, and the outputs are probabilities (by {made_by}): pass "
+                f"from_logits=False, or take the {made_by.lower()} out of the model."
+            )
+        if kind is not None and not from_logits and made_by in _LOGITS:
+            yield (
+                f"`loss` takes probabilities, and the outputs are none (by {made_by}): pass from_logits=True, or let "
+                f"the model end with a softmax or sigmoid."
             )
 
-    is_image = (
-        isinstance(x, tf.Tensor)
-        and (x.shape.rank or 0) >= 3
-        and x.dtype.is_floating
-        and isinstance(model, keras.Model)
-        and not any(isinstance(layer, _SCALING) for layer in model._flatten_layers())
-    )
-    tf.cond(tf.equal(number, 1), ask, lambda: None)
+
+def bounded(loss: Any, y_pred: Any) -> bool:
+    """Whether the mean error of outputs and targets from 0 to 1 is asked for, which is 1 at most."""
+    function = getattr(keras.losses.get(loss) if isinstance(loss, str) else loss, "fn", loss)
+    name = function if isinstance(function, str) else getattr(function, "__name__", "")
+    is_mean = name in ("mse", "mae", "mean_squared_error", "mean_absolute_error")
+    return is_mean and isinstance(y_pred, tf.Tensor) and _made_by(y_pred) in _PROBABILITIES
+
+
+def raw_images(x: Any, model: Any) -> bool:
+    """Whether floating images from 0 to 255 came to a Keras model that has no layer which scales."""
+    if not isinstance(x, np.ndarray) or x.ndim < 3 or not np.issubdtype(x.dtype, np.floating):
+        return False
+    if not isinstance(model, keras.Model) or any(isinstance(layer, _SCALING) for layer in model._flatten_layers()):
+        return False
+    some = x[:64]
+    return bool(some.min() >= 0 and 128 < some.max() <= 255 and (some == np.floor(some)).all())
+
+
+def _made_by(output: Any) -> str:
+    """The type of the operation that made a tensor, "" where it was not made in a graph."""
+    try:
+        operation = output.op
+    except AttributeError:
+        return ""
+    while operation.type in ("Identity", "Cast", "Reshape", "Squeeze", "StopGradient"):
+        operation = operation.inputs[0].op
+    return operation.type
 
 
 def _pairs(loss: Any, y: Any, y_pred: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any, Any, Any]]:

@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from looplab import checks, plausible
-from looplab.guard import Guard
+from looplab.guard import NO_ROWS, Guard
 from looplab.loop import StepLogs, examples
 from looplab.losses import Ledger, listening
 from looplab.metrics import BatchMetrics
@@ -54,7 +54,10 @@ class Steps(Tracked):
         self._minimized: list[_Minimized] = []
         self._batch_metrics = BatchMetrics()
         self._guard = Guard()
-        self._target_ranges: list[plausible.Range] = []  # as the outputs of the last trace tell them
+        # What the last trace told of targets and outputs.
+        self._target_ranges: list[plausible.Range] = []
+        self._is_bounded = False
+        self._doubts: dict[str, None] = {}
         self._image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}}
         self._now = _Now()
 
@@ -107,7 +110,8 @@ class Steps(Tracked):
             self._target_ranges = list(plausible.ranges(self._loss, y, y_pred))
             for wanted in self._target_ranges:
                 y = plausible.fitted(self._guard, wanted, y)
-            plausible.question(self._guard, self._now.number, self._loss, x, y, y_pred, self.model)
+            self._is_bounded = plausible.bounded(self._loss, y_pred)
+            self._doubts.update(dict.fromkeys(plausible.doubts(self._loss, y, y_pred)))
             # Keras divides a loss by the number of replicas, `minimize` does here: for losses of every origin.
             total = self._compiled.compute_loss(x, y, y_pred, sample_weight) * self.strategy.num_replicas_in_sync
             for name, value in self._target_losses(total).items():
@@ -156,7 +160,7 @@ class Steps(Tracked):
         scale = optimizer.scale_loss(tf.ones_like(loss) / self.strategy.num_replicas_in_sync)
         gradients = tape.gradient(loss, variables, output_gradients=scale)
         checks.gradients(gradients, variables)
-        self._guard.apply(optimizer, gradients, variables, loss)
+        self._guard.apply(optimizer, gradients, variables, loss, self._now.rows)
         self._now.guarded = True
         self._minimized = [known for known in self._minimized if known.optimizer is not optimizer]
         self._minimized.append(_Minimized(optimizer, variables))
@@ -179,11 +183,11 @@ class Steps(Tracked):
         """Runs a step of the user's on one replica, and gathers all that it tells."""
         now = self._now
         rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
-        with now.open(self._image_every[kind], number), now.ledger.open(self.trainable_variables):
+        with now.open(self._image_every[kind]), now.ledger.open(self.trainable_variables):
             with self._batch_metrics.open(kind):
                 self._guard.open()
                 if self.strategy.num_replicas_in_sync == 1:  # of several, one may have none of a last batch
-                    self._guard.report(tf.equal(examples(batch), 0), ["the batch has no rows: filter empty ones out"])
+                    now.rows = examples(batch)
                 logs = checks.step_logs(f"{kind}_step", step(batch))
                 parts = {f"{LOSS_PART}{name}": part for name, part in now.ledger.all().items()}
                 told: dict[str, tf.Tensor] = {}
@@ -195,11 +199,13 @@ class Steps(Tracked):
                 if kind == "train" and not now.guarded:
                     losses = {name: value for name, value in told.items() if "loss" in name and value.dtype.is_floating}
                     self._guard.report_applied(losses)
-                return StepLogs({**rates, **told}, now.images, self._guard.fault(), self._guard.doubt())
+                if not now.guarded:
+                    self._guard.report(tf.reshape(tf.equal(now.rows, 0), [1]), [NO_ROWS])
+                return StepLogs({**rates, **told}, now.images, self._guard.fault())
 
     def _predict(self, batch: Any) -> Any:
         """Runs the prediction step on one replica; what it logs is forgotten."""
-        with self._now.open({}, tf.constant(0, tf.int64)):
+        with self._now.open({}):
             return self.predict_step(batch)
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:
@@ -245,17 +251,17 @@ class _Now(threading.local):
     def __init__(self) -> None:
         self.running = False
         self.guarded = False
-        self.number = tf.constant(0, tf.int64)
+        self.rows: tf.Tensor | int = 1
         self.ledger = Ledger()
         self.scalars: dict[str, tf.Tensor] = {}
         self.images: dict[str, tf.Tensor] = {}
         self.image_every: dict[str, int] = {}
 
     @contextlib.contextmanager
-    def open(self, image_every: dict[str, int], number: tf.Tensor) -> Iterator[None]:
-        """Within it runs step `number`; of the images that it logs, `image_every` is told how often each is due."""
+    def open(self, image_every: dict[str, int]) -> Iterator[None]:
+        """Within it runs a step; of the images that it logs, `image_every` is told how often each is due."""
         self.running, self.scalars, self.images, self.image_every = True, {}, {}, image_every
-        self.guarded, self.number = False, number
+        self.guarded, self.rows = False, 1
         try:
             yield
         finally:

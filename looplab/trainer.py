@@ -353,6 +353,11 @@ class Trainer(Epochs):
             if batches is not None and batches.arrays is not None:
                 x, y, _ = keras.utils.unpack_x_y_sample_weight(batches.arrays)
                 plausible.check_finite(batches.name, x)
+                if plausible.raw_images(x, self.model) and type(self).__call__ is Trainer.__call__:
+                    self._doubts[
+                        f"`{batches.name}` looks like images from 0 to 255, and the model has no layer that scales: "
+                        f"divide by 255, or begin the model with `keras.layers.Rescaling(1 / 255)`."
+                    ] = None
                 for wanted in self._target_ranges:
                     plausible.check_array(wanted, y, batches.name)
 
