@@ -149,11 +149,17 @@ class Guard:
         if self._reported.get(threading.get_ident()):
             sound &= tf.equal(self.fault(), 0)
 
+        @tf.function(experimental_attributes={"_noinline": True})  # as one operation, where it is not needed
         def report():
             messages = [NO_ROWS, "the loss is not finite"]
             messages += [f"the gradient of {path_of(v)} is not finite, or overflows when squared" for v, _ in known]
             messages += ["the squares of all gradients overflow when added up"]
-            values = [1 / tf.cast(rows, tf.float32), loss, *map(tf.nn.l2_loss, map(_at_least_float32, numbers)), squares]
+            values = [
+                1 / tf.cast(rows, tf.float32),
+                loss,
+                *map(tf.nn.l2_loss, map(_at_least_float32, numbers)),
+                squares,
+            ]
             finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in values]))
             self.report(~finite, messages, skippable=True)
 

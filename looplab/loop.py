@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -163,13 +164,34 @@ class Loop:
             fault = self._worst(fault)
         images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
 
+        written = self._written()
+
         def bring_back() -> None:
             for variable, value in before:
-                variable.assign(value)
+                if written(variable):
+                    variable.assign(value)
             self._forget()
 
         tf.cond(tf.equal(fault, 0), lambda: None, bring_back)
         return total, StepLogs(means, images, fault)
+
+    def _written(self) -> Callable[[Any], bool]:
+        """Tells whether the step that is being traced changes a variable; what it only reads need not be kept."""
+        graph = tf.compat.v1.get_default_graph()
+        if tf.executing_eagerly() or self._strategy.num_replicas_in_sync > 1:
+            return lambda variable: True
+        handles = {
+            id(tensor)
+            for operation in graph.get_operations()
+            for tensor in operation.inputs
+            if tensor.dtype == tf.resource and operation.type != "ReadVariableOp"
+        }
+
+        def is_written(variable: Any) -> bool:
+            handle = (variable.value if isinstance(variable, keras.Variable) else variable).handle
+            return id(graph.capture(handle)) in handles
+
+        return is_written
 
     def _worst(self, codes: Any) -> tf.Tensor:
         """Of the replicas' codes the lowest, if one is negative, else the highest."""
