@@ -27,7 +27,8 @@ from looplab import callbacks
 from looplab.checkpoint import Checkpoint
 from looplab.command import main
 from looplab.datasets import Data
-from looplab.recipe import Recipe, run
+from looplab.recipe import Recipe
+from looplab.running import run
 from looplab.trainer import Trainer
 
 __all__ = ["Checkpoint", "Data", "Recipe", "Trainer", "callbacks", "main", "run"]

@@ -50,7 +50,7 @@ def no_other_run(log_dir: Path) -> None:
 
 def may_go_on(log_dir: Path) -> bool:
     """Whether the folder holds a run that was made to go on."""
-    return (log_dir / "checkpoints").is_dir() and _holds_run(log_dir)
+    return (log_dir / ".lock").exists() and _holds_run(log_dir)
 
 
 def resume(value: Any, log_dir: Path | None) -> None:

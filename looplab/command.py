@@ -7,13 +7,17 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from looplab.checkpoint import Checkpoint, CheckpointError
 from looplab.datasets import DataError
-from looplab.recipe import Recipe, UsageError, module_name, predict, run, summarize
+from looplab.lock import InUseError
+from looplab.recipe import Recipe, UsageError
+from looplab.running import module_name, predict, run, summarize
 
 
 def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -32,13 +36,17 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
     )
     groups = _add_recipe_flags(parser, recipe)
     _add_common_flags(parser)
-    options = vars(parser.parse_args(argv))
-    pictures, summary = options.pop("predict", None), options.pop("summary")
+    options = parser.given(argv)
+    pictures, summary = options.pop("predict", None), options.pop("summary", False)
+    if "checkpoint_every" in options:
+        options["checkpoint"] = Checkpoint(every=options.pop("checkpoint_every"))
     if pictures and "weights" not in options:
         parser.error("--predict needs --weights FILE: the model.weights.h5 that a run left")
     try:
         for name, (group, fields) in groups.items():
-            options[name] = group(**{field: options.pop(field) for field in fields if field in options})
+            chosen = {field: options.pop(field) for field in fields if field in options}
+            if chosen:  # a run that goes on has the others as they were
+                options[name] = chosen if "resume" in options else dataclasses.replace(group, **chosen)
         if summary:
             summarize(recipe, **_without_run(options, "weights"))
         elif pictures:
@@ -47,13 +55,19 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
                 print(f"{picture}: {name} {probability:.4f}")
         else:
             run(recipe, **options)
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, CheckpointError, InUseError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (FloatingPointError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
 def _without_run(options: dict[str, Any], *more: str) -> dict[str, Any]:
     """The options without those of a training."""
-    return {name: value for name, value in options.items() if name not in ("log_dir", "plot", "verbose", *more)}
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in ("log_dir", "plot", "verbose", "checkpoint", *more)
+    }
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +79,16 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
             self.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
         return parsed
+
+    def given(self, args: Sequence[str] | None) -> dict[str, Any]:
+        """The flags that stand in the command line; of others the functions that they are for know the defaults."""
+        resumes = "--resume" in " ".join(sys.argv[1:] if args is None else args).replace("=", " ").split()
+        for action in self._actions:
+            action.required = action.required and not resumes  # the run has it
+        self.parse_args(args)
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        return vars(self.parse_args(args))
 
 
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +104,19 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--log-dir",
         help="folder for all that the run leaves (default: logs/<recipe>/<time>)",
+        default=argparse.SUPPRESS,
+    )
+    flags.add_argument(
+        "--resume",
+        metavar="LOG_DIR",
+        help="go on with the run in this folder, by the flags that it had; --epochs may be more",
+        default=argparse.SUPPRESS,
+    )
+    flags.add_argument(
+        "--checkpoint-every",
+        type=functools.partial(_whole, 1),
+        metavar="N",
+        help="save all state every N steps (default: every epoch)",
         default=argparse.SUPPRESS,
     )
     flags.add_argument("--weights", metavar="FILE", help=".weights.h5 file to start from", default=argparse.SUPPRESS)
@@ -110,14 +147,14 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe_flags(
     parser: argparse.ArgumentParser, recipe: Callable[..., Recipe]
-) -> dict[str, tuple[type, list[str]]]:
+) -> dict[str, tuple[Any, list[str]]]:
     """Adds the function's keyword arguments; returns those that are a dataclass, whose fields are the flags."""
-    groups: dict[str, tuple[type, list[str]]] = {}
+    groups: dict[str, tuple[Any, list[str]]] = {}
     flags = parser.add_argument_group(f"of {recipe.__name__}")
     for name, kind, default, text in _parameters(recipe):
         if dataclasses.is_dataclass(default):
             fields = _parameters(type(default))
-            groups[name] = type(default), [field for field, *_ in fields]
+            groups[name] = default, [field for field, *_ in fields]
             for field, field_kind, _, field_text in fields:
                 _add_flag(flags, field, field_kind, getattr(default, field), field_text)
         else:

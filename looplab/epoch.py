@@ -165,6 +165,12 @@ class Epochs(Logs):
                 first = 1 + (self.steps if kind == "train" else done)
                 logs = loop(iterator, asked, first, in_a_row, self.skip_nonfinite)
             pace.took(logs.done, time.time() - began)
+            if kind == "train" and logs.done and logs.scalars.get(self._bounded, [0])[0] > 1:
+                self._doubts.setdefault(
+                    "The outputs are all from 0 to 1, and the targets go beyond: scale them, such as images by 1/255.",
+                    False,
+                )
+            self._tell_doubts()
             clean = logs.faults == 0
             in_a_row = int(clean[::-1].argmax()) if clean.any() else in_a_row + logs.done
             stopped = logs.done > 0 and (logs.faults[-1] < 0 or in_a_row > self.skip_nonfinite)
@@ -183,6 +189,13 @@ class Epochs(Logs):
         if not progress.done:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
         return self._results(kind, progress.means)
+
+    def _tell_doubts(self) -> None:
+        """Warns of what looks wrong and may be meant, once."""
+        for doubt, told in self._doubts.items():
+            if not told:
+                self._doubts[doubt] = True
+                warnings.warn(doubt, stacklevel=5)
 
     def _count(self, kind: str, loop: Loop, progress: Progress, logs: CallLogs, folder: str | None, began: float):
         """Enters what a graph call told into the means, the counters, and the event files."""

@@ -21,8 +21,9 @@ import tensorflow as tf
 
 from looplab import report
 from looplab.callbacks import write_png
-from looplab.datasets import Arrays, Data
+from looplab.datasets import Arrays
 
+NOT_ARGUMENTS = ("recipe", "optimizers", "log_dir", "data_source", "environment", "not_json")  # in `config.json`
 RUN_FILES = ("config.json", "history.json", "timings.json", "model.weights.h5", "report.txt", "report.json")
 
 
@@ -39,10 +40,9 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any], recipe: Callable, data: Arrays | None) -> None:
         """`config.json`: all arguments, the data, and what else decides a run's bits."""
-        _write_json(
-            self.path / "config.json",
-            {**config, "log_dir": self.path, "data_source": _described(data), "environment": _environment(recipe)},
-        )
+        told = {**config, "not_json": [name for name, value in config.items() if not _is_json(value)]}
+        told |= {"log_dir": self.path, "data_source": _described(data), "environment": environment(recipe)}
+        _write_json(self.path / "config.json", told)
 
     def write_history(self, history: dict[str, list[float]], began: float, steps: int) -> float:
         """`history.json`, what the training alone decides, and `timings.json`, what the clock does; the seconds."""
@@ -79,7 +79,7 @@ def _new_folder(parent: Path) -> Path:
     return next(parent / name for name in names if not (parent / name).exists())
 
 
-def _environment(recipe: Callable) -> dict[str, Any]:
+def environment(recipe: Callable) -> dict[str, Any]:
     """What else decides a run's bits: versions, code, devices, threads."""
     folder = Path(inspect.getfile(recipe)).parent
     try:
@@ -109,13 +109,31 @@ def _described(data: Arrays | None) -> dict[str, Any] | None:
     return {name: getattr(data, name) for name in ("name", "source", "sha256", "fallback")} | sizes
 
 
+def as_json(value: Any) -> Any:
+    """A value as it comes back from a JSON file."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
 def _write_json(path: Path, value: Any) -> None:
-    """Floats are written so that they read back to the same bits."""
+    """Floats are written so that they read back to the same bits; whoever looks finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+    written = path.with_name(f".{path.name}.unfinished")
+    with open(written, "w") as file:
+        file.write(json.dumps(value, indent=1, default=_plain) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(written, path)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Data):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return str(value)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether `as_json` keeps all of it."""
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    plain = (bool, int, float, str, list, tuple, Path)
+    return value is None or isinstance(value, plain) or dataclasses.is_dataclass(value)

@@ -11,25 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+class InUseError(ValueError):
+    """A folder is not to be had."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Within it, `folder` (made if it is not there) is this process's own.
 
     Raises:
-        ValueError: Another process holds it, or it cannot be written to.
+        InUseError: Another process holds it, or it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")  # noqa: SIM115  (closed below, whatever happens within)
     except OSError as error:
-        raise ValueError(f"`log_dir` {folder} cannot be written to: {error.strerror}. Pass another folder.") from error
+        raise InUseError(f"`log_dir` {folder} cannot be written to: {error.strerror}. Pass another folder.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise ValueError(
+            raise InUseError(
                 f"`log_dir` {folder} is in use by {holder}. Wait for it, end it, or pass another folder."
             ) from error
         file.truncate(0)

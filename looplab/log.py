@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,8 @@ class Logs(Steps):
             ValueError: It holds the run of another trainer, which cannot go on.
         """
         if self.log_dir is not None and not self._events.begun and checks.may_go_on(self.log_dir):
+            if not self._early:  # at the end of the program, if `fit` never says
+                weakref.finalize(self, _warn_of_unwritten, self._early, self.log_dir)
             self._early.append(write)
             return
         with self._owning():
@@ -127,3 +131,10 @@ class Logs(Steps):
                 yield
             finally:
                 self._owners -= 1
+
+
+def _warn_of_unwritten(early: list[Callable[[], None]], log_dir: Path) -> None:
+    if early:
+        warnings.warn(
+            f"What was logged was not written: {log_dir} holds a run, and `fit` did not go on with it.", stacklevel=2
+        )

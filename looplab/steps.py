@@ -56,8 +56,8 @@ class Steps(Tracked):
         self._guard = Guard()
         # What the last trace told of targets and outputs.
         self._target_ranges: list[plausible.Range] = []
-        self._is_bounded = False
-        self._doubts: dict[str, None] = {}
+        self._bounded = ""  # a part of the loss that is 1 at most where targets are in the range of the outputs
+        self._doubts: dict[str, bool] = {}  # and whether one was told
         self._image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}}
         self._now = _Now()
 
@@ -110,12 +110,13 @@ class Steps(Tracked):
             self._target_ranges = list(plausible.ranges(self._loss, y, y_pred))
             for wanted in self._target_ranges:
                 y = plausible.fitted(self._guard, wanted, y)
-            self._is_bounded = plausible.bounded(self._loss, y_pred)
-            self._doubts.update(dict.fromkeys(plausible.doubts(self._loss, y, y_pred)))
+            for doubt in plausible.doubts(self._loss, y, y_pred):
+                self._doubts.setdefault(doubt, False)
             # Keras divides a loss by the number of replicas, `minimize` does here: for losses of every origin.
             total = self._compiled.compute_loss(x, y, y_pred, sample_weight) * self.strategy.num_replicas_in_sync
             for name, value in self._target_losses(total).items():
                 self._now.ledger.add(name, value)
+                self._bounded = f"{LOSS_PART}{name}" if plausible.bounded(self._loss, y_pred) else ""
             self._now.ledger.take(())
             losses.insert(0, total)
         if not losses:

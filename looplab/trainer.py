@@ -354,12 +354,14 @@ class Trainer(Epochs):
                 x, y, _ = keras.utils.unpack_x_y_sample_weight(batches.arrays)
                 plausible.check_finite(batches.name, x)
                 if plausible.raw_images(x, self.model) and type(self).__call__ is Trainer.__call__:
-                    self._doubts[
+                    self._doubts.setdefault(
                         f"`{batches.name}` looks like images from 0 to 255, and the model has no layer that scales: "
-                        f"divide by 255, or begin the model with `keras.layers.Rescaling(1 / 255)`."
-                    ] = None
+                        f"divide by 255, or begin the model with `keras.layers.Rescaling(1 / 255)`.",
+                        False,
+                    )
                 for wanted in self._target_ranges:
                     plausible.check_array(wanted, y, batches.name)
+        self._tell_doubts()
 
 
 def _due(validation_freq: int | Sequence[int], epoch: int) -> bool:

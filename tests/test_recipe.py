@@ -19,7 +19,7 @@ from looplab.testing import read_scalars
 
 DIGITS = looplab.Data("digits", limit=128)  # two steps of 64 an epoch
 COMMON_FLAGS = {"help", "seed", "log_dir", "weights", "precision", "plot", "summary", "predict", "verbose"}
-COMMON_FLAGS |= {"steps_per_execution", "run_eagerly", "jit_compile"}
+COMMON_FLAGS |= {"steps_per_execution", "run_eagerly", "jit_compile", "resume", "checkpoint_every"}
 TENSORBOARD = "tensorboard --logdir {} --samples_per_plugin scalars=999999999"
 
 SMALL = '''
@@ -154,7 +154,9 @@ def test_run_leaves_all_files_and_is_quiet(finished):
     pictures = {f"pictures/{name}-00{epoch}.png" for name in ("reconstructions", "prior") for epoch in (1, 2)}
     embeddings = {path for path in left if "/train/embeddings/" in path or path.endswith("projector_config.pbtxt")}
     assert len(embeddings) == 4  # vectors, labels, pictures, and the list of them
-    assert left - events - embeddings == {f"runs/first/{name}" for name in files | pictures}
+    checkpoints = {path for path in left if "/checkpoints/" in path}
+    assert {path.split("/")[3] for path in checkpoints} == {"step-2-epoch-1", "step-4-epoch-2"}
+    assert left - events - embeddings - checkpoints == {f"runs/first/{name}" for name in files | pictures | {".lock"}}
 
 
 def test_run_writes_each_step(finished):

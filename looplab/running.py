@@ -1,0 +1,301 @@
+"""How a recipe is run: from its arguments to all that a run leaves, and on from where one ended."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from looplab import checks, report
+from looplab.callbacks import write_png
+from looplab.checkpoint import Checkpoint
+from looplab.datasets import Data, Unread, read_picture
+from looplab.folder import NOT_ARGUMENTS, RUN_FILES, RunFolder, as_json, environment, read_config
+from looplab.recipe import Recipe, UsageError
+
+_FREE = ("verbose", "plot", "steps_per_execution", "run_eagerly", "checkpoint")  # they change no result
+
+
+def run(
+    recipe: Callable[..., Recipe],
+    *,
+    seed: int | None = None,
+    log_dir: str | Path | None = None,
+    resume: str | Path | None = None,
+    weights: str | Path | None = None,
+    precision: str | None = None,
+    plot: str | Path | None = None,
+    verbose: int | str = "auto",
+    **options: Any,
+) -> Recipe:
+    """Runs a recipe from Python or a notebook as its command line does, and returns it, trained.
+
+    Args:
+        recipe: The recipe function.
+        seed: Of everything: the weights, the random numbers of steps, the order of the data; by default 0.
+        log_dir: Where to leave event files, checkpoints, `config.json`, `history.json`, `timings.json`,
+            `model.weights.h5`, a report and pictures; by default `logs/<recipe>/<time>`.
+        resume: The `log_dir` of a run to go on with, to the same bits as if it had never ended. Its arguments are those
+            of its `config.json`: none needs to be given, and `epochs` may be more. A finished run is left as it is.
+        weights: A `.weights.h5` file to start from.
+        precision: Keras's policy for all layers: "float32", the default, "mixed_bfloat16", or "mixed_float16", which
+            scales losses.
+        plot: A PNG file for the curves of loss and metrics, beside `curves.png` in `log_dir`.
+        verbose: As in `Trainer.fit`; with 0 the report is not printed either.
+        options: The recipe function's own, and the `Trainer`'s.
+    """
+    given = {"seed": seed, "weights": weights, "precision": precision, "log_dir": log_dir}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if resume is not None:
+        options = _as_before(recipe, Path(resume), options)
+    arguments = {"seed": 0, "precision": "float32", "weights": None, **options}
+    seed, precision, weights = (arguments.pop(name) for name in ("seed", "precision", "weights"))
+    folder = RunFolder(resume or arguments.pop("log_dir", None), recipe.__name__)
+    _check_files(folder.path, weights if resume is None else None, plot, is_new=resume is None)
+    began = time.time()
+    with _precision(precision):
+        ready = make(recipe, seed, log_dir=folder.path, **arguments)
+        if resume is not None and _is_finished(ready, folder):
+            print(f"looplab: the {ready.epochs} epochs of {folder.path} are done: it is left as it is.", flush=True)
+            ready.build(folder.path / "model.weights.h5")
+            return ready
+        if weights is not None and resume is None:
+            ready.build(weights)
+        checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
+        config = {**_defaults(recipe), **arguments, "seed": seed, "precision": precision, "weights": weights}
+        config |= {"epochs": ready.epochs, "batch_size": ready.batch_size}  # where a recipe chose them
+        optimizers = {path: optimizer.get_config() for path, optimizer in ready.trainer.optimizers.items()}
+        told = {"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config, "optimizers": optimizers}
+        folder.write_config(told, recipe, ready.data)
+        ready.trainer.log_hparams(_flat(config))
+        if report.missing():
+            print("looplab: no report and no pictures at the end: pip install 'looplab[report]' adds them.", flush=True)
+        elif ready.predict:
+            _show_samples(ready, folder)
+        history = ready.fit(verbose, resume=resume is not None).history
+        ready.trainer.save_weights(folder.path / "model.weights.h5")
+        if not report.missing():
+            text = _report(ready, folder, history, plot)
+            if text and verbose != 0:
+                print(text)
+        seconds = folder.write_history(history, began, ready.trainer.steps)  # last: with it the run is finished
+    if verbose != 0:
+        print(f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}. To watch them:")
+        print(f"  tensorboard --logdir {folder.path.parent} --samples_per_plugin scalars=999999999")
+    return ready
+
+
+def predict(
+    recipe: Callable[..., Recipe],
+    pictures: Sequence[str | Path],
+    weights: str | Path,
+    *,
+    precision: str = "float32",
+    **options: Any,
+) -> list[tuple[str, float]]:
+    """The most probable class, and its probability, for each picture file, by the weights of a trained recipe.
+
+    Pictures are PNG or JPEG files of any size, which are scaled to that of the recipe's images.
+    """
+    _check_weights(weights)
+    trained_on = (read_config(Path(weights)).get("data_source") or {}).get("name")
+    with _precision(precision):
+        ready = _make_unread(recipe, **options)
+        if ready.predict is None or ready.data is None:
+            raise UsageError(f"recipe `{recipe.__name__}` tells no classes: there is nothing to predict.")
+        if trained_on not in (None, ready.data.name):
+            raise UsageError(f"`weights` {weights} learned from {trained_on}: pass --dataset {trained_on}.")
+        shape = ready.data.x_train.shape[1:]
+        images = np.stack([read_picture(picture, shape) for picture in pictures])
+        ready.build(weights)
+        probabilities = ready.predict(images)
+    return [(ready.data.classes[row.argmax()], float(row.max())) for row in probabilities]
+
+
+def summarize(recipe: Callable[..., Recipe], *, precision: str = "float32", **options: Any) -> None:
+    """Prints the layers of a recipe's models, with their output shapes and parameters."""
+    with _precision(precision):
+        ready = _make_unread(recipe, **options)
+        ready.build()
+        ready.trainer.summary()
+
+
+def _as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the run in `folder`, with those of `given` that may be others now.
+
+    Raises:
+        UsageError: There is no such run, or `given` contradicts it.
+    """
+    config = read_config(folder / "config.json")
+    name = f"{module_name(recipe)}:{recipe.__name__}"
+    if not config:
+        raise UsageError(f"`resume` {folder} has no run: there is no config.json that can be read.")
+    if config.get("recipe") != name:
+        raise UsageError(f"`resume` {folder} has a run of {config.get('recipe')}; {name} cannot go on with it.")
+    before = {name: value for name, value in config.items() if name not in NOT_ARGUMENTS}
+    for name, value in given.items():
+        _check_as_before(name, as_json(value), before.get(name), folder)
+    for name in config.get("not_json", ()):
+        if name not in given:
+            raise UsageError(f"`resume`: `{name}` was an object, which config.json cannot hold. Pass it again.")
+    versions = config.get("environment", {}).get("versions")
+    if versions != environment(recipe)["versions"]:
+        print(f"looplab: {folder} ran with {versions}: with others it goes on, but not to the same bits.", flush=True)
+    defaults = _defaults(recipe)
+    for name, value in before.items():
+        if isinstance(defaults.get(name), Data) and not isinstance(given.get(name), Data):
+            before[name] = type(defaults[name])(**value | given.pop(name, {}))
+        elif name == "checkpoint" and value is not None:
+            before[name] = Checkpoint(**value)
+    return before | given
+
+
+def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:
+    """An argument does not contradict that of the run."""
+    if name in _FREE or (name == "log_dir" and Path(now).resolve() == folder.resolve()):
+        return
+    if name == "weights":
+        raise UsageError("`weights` starts a run afresh, and `resume` goes on with one: give one of them.")
+    if name == "epochs" and now >= before:
+        return
+    if isinstance(now, dict) and isinstance(before, dict):
+        for key in now:
+            if key != "data_dir":
+                _check_as_before(key, now[key], before.get(key), folder)
+    elif now != before:
+        raise UsageError(
+            f"`{name}` is {now}, and the run in {folder} has {before}. Leave it out to go on; to start afresh from its "
+            f"weights, give `weights` and another `log_dir`."
+        )
+
+
+def _is_finished(ready: Recipe, folder: RunFolder) -> bool:
+    """Whether the run did all epochs, and left all that it leaves."""
+    before = read_config(folder.path / "config.json")
+    source = (before.get("data_source") or {}).get("sha256")
+    if ready.data is not None and ready.data.sha256 != source:
+        raise UsageError(
+            f"`resume`: the run in {folder.path} learned from data of SHA-256 {source}, and now it has "
+            f"{ready.data.sha256} ({ready.data.source}). Pass the data that it had."
+        )
+    return ready.epochs <= before["epochs"] and (folder.path / "timings.json").exists()
+
+
+def module_name(recipe: Callable) -> str:
+    """The module as one would run it: under `python -m` it calls itself `__main__`."""
+    spec = getattr(sys.modules.get(recipe.__module__), "__spec__", None)
+    return spec.name if spec else recipe.__module__
+
+
+def make(recipe: Callable[..., Recipe], seed: int, **options: Any) -> Recipe:
+    """What the recipe function returns."""
+    keras.utils.set_random_seed(seed)
+    try:
+        inspect.signature(recipe).bind(seed=seed, **options)
+    except TypeError as error:
+        raise UsageError(
+            f"recipe `{recipe.__name__}`: {error}. It takes its own arguments, and **options for the Trainer."
+        ) from error
+    return recipe(seed=seed, **options)
+
+
+def _make_unread(recipe: Callable[..., Recipe], seed: int = 0, **options: Any) -> Recipe:
+    """The recipe without its data, where that is a `Data`, and without a folder."""
+    arguments = {**_defaults(recipe), **options}
+    unread = {name: Unread(value.dataset) for name, value in arguments.items() if isinstance(value, Data)}
+    return make(recipe, seed, **{**options, **unread, "log_dir": None})
+
+
+@contextlib.contextmanager
+def _precision(policy: str) -> Iterator[None]:
+    """Within it, Keras makes layers with this policy."""
+    known = ("float32", "mixed_bfloat16", "mixed_float16")
+    if policy not in known:
+        raise UsageError(f"`precision` must be one of {', '.join(known)}; {policy!r} came.")
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _show_samples(ready: Recipe, folder: RunFolder) -> None:
+    """Some training images with their labels: whoever looks at them sees what is learned from."""
+    assert ready.data is not None
+    picture = report.draw_samples(ready.data.x_train, ready.data.y_train, ready.data.classes)
+    ready.trainer.log_image("samples", folder.write_picture("samples", picture)[None])
+
+
+def _report(ready: Recipe, folder: RunFolder, history: dict[str, list[float]], plot: str | Path | None) -> str:
+    """What the run came to: curves, and for a classifier how it does on the test images, of which it returns a text."""
+    curves = folder.write_picture("curves", report.draw_curves(history))
+    text = ""
+    if ready.predict is not None and ready.data is not None:
+        probabilities = np.asarray(ready.predict(ready.data.x_test))
+        if np.isfinite(probabilities).all():
+            made = folder.write_report(ready.data.y_test, probabilities, ready.data.classes)
+            picture = report.draw_confusion(made.confusion, ready.data.classes)
+            ready.trainer.log_image("confusion_matrix", folder.write_picture("confusion_matrix", picture)[None])
+            text = made.text
+        else:
+            print("looplab: no report: not all predictions are finite numbers. The training has diverged.", flush=True)
+    if plot is not None:
+        write_png(Path(plot), curves)
+    return text
+
+
+def _check_files(folder: Path, weights: str | Path | None, plot: str | Path | None, is_new: bool) -> None:
+    """The log folder is free, or there is its run; the weights are there, and the curves can be drawn."""
+    if is_new:
+        try:
+            checks.no_other_run(folder)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if left := [name for name in RUN_FILES if (folder / name).exists()]:
+            raise UsageError(
+                f"`log_dir` {folder} has the {', '.join(left)} of another run. Pass a new folder, or move it."
+            )
+    _check_writable("log_dir", folder)
+    if weights is not None:
+        _check_weights(weights)
+    if plot is not None:
+        if report.missing():
+            raise UsageError("`plot` needs matplotlib and scikit-learn: pip install 'looplab[report]'.")
+        if not str(plot).endswith(".png") or Path(plot).is_dir():
+            raise UsageError(f"`plot` must be a file whose name ends in .png; {plot} came.")
+        _check_writable("plot", Path(plot))
+
+
+def _check_writable(argument: str, path: Path) -> None:
+    """The path, or the nearest folder above it that exists, can be written to."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not (existing.is_dir() or argument == "plot") or not os.access(existing, os.W_OK):
+        raise UsageError(f"`{argument}` {path} cannot be made: {existing} is no folder, or not writable.")
+
+
+def _check_weights(weights: str | Path) -> None:
+    if not (Path(weights).is_file() and str(weights).endswith(".weights.h5")):
+        raise UsageError(f"`weights` must be a file whose name ends in .weights.h5; {weights} is none.")
+
+
+def _defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
+    """What the recipe's own arguments are where none is given."""
+    parameters = inspect.signature(recipe).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as one level of hyperparameters: what belongs to a group stands for itself."""
+    groups = {name: dataclasses.asdict(v) for name, v in config.items() if isinstance(v, (Data, Checkpoint))}
+    flat = {name: value for name, value in config.items() if name not in groups}
+    return {**flat, **{name: value for group in groups.values() for name, value in group.items()}}

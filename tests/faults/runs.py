@@ -1,0 +1,393 @@
+"""Small trainings to be killed, the child processes in which they run, and what a run leaves in its folder.
+
+How many faults the battery makes is told by the environment variable LOOPLAB_FAULTS: without it each test takes a few
+(some three minutes for all), LOOPLAB_FAULTS=200 is the long form (hours).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+import looplab
+import looplab.checkpoint
+from looplab.testing import read_scalars
+
+FAULTS = int(os.environ.get("LOOPLAB_FAULTS", "0"))
+"""How many faults of a kind the long form makes; 0 is the short form."""
+EVERY = 3
+"""Steps between two checkpoints."""
+
+_processes = multiprocessing.get_context("forkserver")
+
+
+# Trainings.
+
+
+class Sampling(layers.Layer):
+    """A normal sample, whose divergence from the standard normal distribution is added to the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(5)
+
+    def call(self, inputs):
+        mean, log_var = inputs
+        self.add_loss(-0.5 * tf.reduce_mean(1 + log_var - mean**2 - tf.exp(log_var)))
+        return mean + tf.exp(0.5 * log_var) * keras.random.normal(tf.shape(mean), seed=self.seed_generator)
+
+
+def vae(log_dir: Path, every: int = EVERY, keep: int = 2) -> tuple[looplab.Trainer, dict[str, Any]]:
+    """A variational auto-encoder whose learning rate a callback lowers: 3 epochs of 7 steps, 4 rows in the last."""
+    _begin()
+    inputs = layers.Input((12,))
+    hidden = layers.Dense(8, activation="relu")(inputs)
+    sample = Sampling()([layers.Dense(3)(hidden), layers.Dense(3)(hidden)])
+    model = keras.Model(inputs, layers.Dense(12, activation="sigmoid")(sample))
+    x = np.random.default_rng(0).random((100, 12), "float32")
+    trainer = looplab.Trainer(
+        model,
+        optimizer=keras.optimizers.Adam(0.01),
+        loss="binary_crossentropy",
+        log_dir=log_dir,
+        seed=7,
+        checkpoint=looplab.Checkpoint(every=every, keep=keep),
+    )
+    plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", min_delta=10.0, patience=1, factor=0.5)
+    return trainer, {"x": x, "y": x, "batch_size": 16, "epochs": 3, "callbacks": [plateau]}
+
+
+def conv(log_dir: Path, every: int = EVERY, keep: int = 2) -> tuple[looplab.Trainer, dict[str, Any]]:
+    """A convolutional net with all that has state beside its weights: 3 epochs of 8 steps, 3 rows in the last."""
+    _begin()
+    model = keras.Sequential(
+        [
+            layers.Input((6, 6, 1)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dropout(0.3, seed=3),
+            layers.Dense(3),
+        ]
+    )
+    random = np.random.default_rng(1)
+    x, y = random.random((115, 6, 6, 1), "float32"), random.integers(0, 3, 115)
+    trainer = looplab.Trainer(
+        model,
+        optimizer=keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.02, 5, 0.8)),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        log_dir=log_dir,
+        seed=7,
+        checkpoint=looplab.Checkpoint(every=every, keep=keep),
+    )
+    callbacks = [
+        keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),  # it stops in the last
+        # It cannot set a learning rate that has a schedule, but it counts how long it waits.
+        keras.callbacks.ReduceLROnPlateau("val_loss", patience=5, min_delta=10.0),
+    ]
+    return trainer, {
+        **{"x": x[:-35], "y": y[:-35], "batch_size": 11, "epochs": 3},
+        **{"validation_data": (x[-35:], y[-35:]), "callbacks": callbacks},
+    }
+
+
+NETS = {"vae": vae, "conv": conv}
+
+
+def _begin() -> None:
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+
+
+# Children.
+
+
+class Child:
+    """A process that trains with `resume=True`, writes `history.json` into `log_dir`, and then ends.
+
+    Args:
+        build: What it trains, `build(log_dir)`: a function of a module, as it goes to the process by its name.
+        log_dir: The folder. Beside it, in `<log_dir>.stderr`, is what all children of that folder wrote to stderr.
+        before: Called in the child with the trainer and the arguments of `fit`, before it begins.
+        dies_at: At which event of saving it kills itself.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Path], tuple[looplab.Trainer, dict[str, Any]]],
+        log_dir: Path,
+        before: Callable[[looplab.Trainer, dict[str, Any]], None] | None = None,
+        dies_at: Event | None = None,
+    ):
+        self.log_dir = log_dir
+        self._stderr = log_dir.with_name(log_dir.name + ".stderr")
+        self._told_before = len(self.stderr())
+        for file in self._marks():
+            file.unlink()
+        self._process = _processes.Process(target=_train, args=(build, log_dir, self._stderr, before, dies_at))
+        _start_server()
+        self._process.start()
+
+    def stderr(self) -> str:
+        """What this one wrote."""
+        return self._stderr.read_text()[self._told_before :] if self._stderr.exists() else ""
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float = 120) -> int:
+        """Waits for its end, and returns its exit status, or -9 where it was killed."""
+        self._process.join(seconds)
+        status = self._process.exitcode
+        if status is None:
+            self.send(signal.SIGKILL)
+            raise AssertionError(f"A child did not end in {seconds} seconds: {self.stderr()}")
+        self._process.close()
+        return status
+
+    def wait_for(self, phase: str, seconds: float = 120, ends: bool = False) -> bool:
+        """Waits until it has marked a phase; False where it has ended before, and that is allowed."""
+        deadline = time.monotonic() + seconds
+        while not (seen := _mark(self.log_dir, phase).exists()) and self._process.is_alive():
+            assert time.monotonic() < deadline, f"No {phase} in {seconds} seconds: {self.stderr()}"
+            time.sleep(0.002)
+        seen = seen or _mark(self.log_dir, phase).exists()
+        assert seen or ends, f"It ended before {phase}: {self.stderr()}"
+        return seen
+
+    def _marks(self) -> Iterable[Path]:
+        return self.log_dir.parent.glob(f"{self.log_dir.name}.phase-*")
+
+
+def _start_server() -> None:
+    """Starts the process that children are forked from, which costs seconds once and not with each child."""
+    _processes.set_forkserver_preload(["preloaded"])
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{before}".rstrip(os.pathsep)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ["PYTHONPATH"] = before
+
+
+def mark(log_dir: Path, phase: str) -> None:
+    """Tells the parent that a child has come to a phase."""
+    _mark(log_dir, phase).touch()
+
+
+def _mark(log_dir: Path, phase: str) -> Path:
+    return log_dir.with_name(f"{log_dir.name}.phase-{phase}")
+
+
+class Marks(keras.callbacks.Callback):
+    """Marks that training and validation begin, and is no part of a run's state."""
+
+    stateless = True
+
+    def __init__(self, log_dir: Path):
+        super().__init__()
+        self._log_dir = log_dir
+
+    def on_train_begin(self, logs=None):
+        mark(self._log_dir, "train")
+
+    def on_test_begin(self, logs=None):
+        mark(self._log_dir, "validation")
+
+
+def _train(build, log_dir, stderr, before, dies_at) -> None:
+    descriptor = os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(descriptor, 2)
+    os.dup2(descriptor, 1)
+    os.close(descriptor)
+    trainer, arguments = build(log_dir)
+    arguments["callbacks"] = [*arguments.get("callbacks", ()), Marks(log_dir)]
+    saving = Saving(dies_at)
+    if before is not None:
+        before(trainer, arguments)
+    mark(log_dir, "fit")
+    history = trainer.fit(**arguments, resume=True, verbose=0).history
+    write_history(log_dir, history)
+    _mark(log_dir, "events").write_text(json.dumps([dataclasses.astuple(event) for event in saving.events]))
+
+
+def write_history(log_dir: Path, history: dict[str, list[float]]) -> None:
+    """`history.json`, whole or not at all."""
+    unfinished = log_dir / "history.unfinished"
+    unfinished.write_text(json.dumps({name: list(map(repr, map(float, values))) for name, values in history.items()}))
+    unfinished.rename(log_dir / "history.json")
+
+
+# Saving, watched.
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that a save does to the disk."""
+
+    save: int
+    """Which save of the process, from 0."""
+    kind: str
+    """"write", "fsync", "rename" or "remove"."""
+    index: int
+    """Which of its kind in this save, from 0."""
+
+
+class Saving:
+    """Counts what saves do to the disk, and kills the process at one event.
+
+    A write and a removal (of a folder) are killed when they are half done, an fsync and a rename before.
+    """
+
+    def __init__(self, dies_at: Event | None):
+        self.events: list[Event] = []
+        self._dies_at = dies_at
+        self._save = -1
+        module: Any = looplab.checkpoint
+        module.open = self._open
+        module.os = _With(os, fsync=self._before("fsync", os.fsync), rename=self._before("rename", os.rename))
+        module.shutil = _With(shutil, rmtree=self._remove)
+        write = module.Checkpoints._write
+
+        def counted(checkpoints, *arguments):
+            self._save += 1
+            write(checkpoints, *arguments)
+
+        module.Checkpoints._write = counted
+
+    def _now(self, kind: str) -> bool:
+        """Counts an event; whether the process has to die at it."""
+        if self._save < 0:  # what comes before the first save, such as the removal of what another process left
+            return False
+        index = sum((event.save, event.kind) == (self._save, kind) for event in self.events)
+        self.events.append(Event(self._save, kind, index))
+        return self.events[-1] == self._dies_at
+
+    def _before(self, kind: str, function: Callable) -> Callable:
+        def watched(*arguments):
+            if self._now(kind):
+                _die()
+            return function(*arguments)
+
+        return watched
+
+    def _remove(self, path: Path, ignore_errors: bool = False) -> None:
+        if Path(path).exists() and self._now("remove"):
+            sorted(Path(path).iterdir())[0].unlink()
+            _die()
+        shutil.rmtree(path, ignore_errors)
+
+    def _open(self, path, mode):
+        file = open(path, mode)  # noqa: SIM115
+        if mode != "xb":
+            return file
+        write = file.write
+
+        def half(content):
+            if self._now("write"):
+                write(memoryview(content)[: len(content) // 2])
+                file.flush()
+                _die()
+            return write(content)
+
+        return _With(file, write=half)
+
+
+class _With:
+    """A thing with some of its attributes exchanged."""
+
+    def __init__(self, thing: Any, **attributes: Any):
+        self._thing = thing
+        vars(self).update(attributes)
+
+    def __getattr__(self, name):
+        return getattr(self._thing, name)
+
+    def __enter__(self):
+        self._thing.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._thing.__exit__(*error)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# What a run leaves.
+
+
+def checkpoints(log_dir: Path) -> list[tuple[int, int]]:
+    """(steps, epochs) of each checkpoint, in order. Each is whole: that is checked here without looplab."""
+    found = []
+    for path in (log_dir / "checkpoints").glob("step-*"):
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        assert set(files) == {"arrays.safetensors", "state.json"}
+        for name, told in files.items():
+            content = (path / name).read_bytes()
+            assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}, path
+        found.append(tuple(map(int, re.fullmatch(r"step-(\d+)-epoch-(\d+)", path.name).groups())))
+    return sorted(found)
+
+
+def steps_seen(log_dir: Path) -> int:
+    """The last step that TensorBoard was told of."""
+    steps, _ = read_scalars(log_dir / "train").get("batch_loss", ([0], []))
+    return int(max(steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """All that a run has come to, as bytes and exact numbers."""
+
+    newest: tuple[int, int]
+    arrays: bytes
+    history: dict[str, list[str]]
+    points: dict[str, tuple[list[int], bytes]]
+
+    @classmethod
+    def of(cls, log_dir: Path) -> Outcome:
+        steps, epochs = checkpoints(log_dir)[-1]
+        points = {
+            f"{folder}/{tag}": (numbers.tolist(), values.tobytes())
+            for folder in ("train", "validation")
+            for tag, (numbers, values) in read_scalars(log_dir / folder).items()
+        }
+        return cls(
+            (steps, epochs),
+            (log_dir / "checkpoints" / f"step-{steps}-epoch-{epochs}" / "arrays.safetensors").read_bytes(),
+            json.loads((log_dir / "history.json").read_text()),
+            points,
+        )
+
+
+def check_same(log_dir: Path, expected: Outcome) -> None:
+    """A run has come to the same bits as another, and has left nothing unfinished."""
+    found = Outcome.of(log_dir)
+    assert found.newest == expected.newest
+    assert found.history == expected.history
+    assert found.points.keys() == expected.points.keys()
+    for tag, points in expected.points.items():
+        assert found.points[tag] == points, tag
+    assert found.arrays == expected.arrays
+    assert not list((log_dir / "checkpoints").glob(".unfinished-*"))
