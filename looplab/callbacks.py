@@ -21,6 +21,7 @@ class ProgressBar(keras.callbacks.Callback):
     """
 
     async_safe = True  # it only looks
+    stateless = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +65,8 @@ class ProgressBar(keras.callbacks.Callback):
 
 class EpochLine(keras.callbacks.Callback):
     """Prints a line for each epoch, for logs that are no terminal (`verbose=2`)."""
+
+    stateless = True
 
     def on_epoch_end(self, epoch, logs=None):  # noqa: D102
         values = " - ".join(f"{name}: {value}" for name, value in _shown(logs or {}).items())

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.tracking import path_of
+from looplab.tracking import path_of, to_numpy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -183,13 +183,19 @@ def classified_images(arrays: Any) -> None:
             )
 
 
+def hparams(values: Any) -> None:
+    """They are a dict by name."""
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise TypeError(f"`hparams` must be a dict of values by name, the names being strings; {values!r} came.")
+
+
 def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
     """Each is a positive number, where it is one number and not a schedule."""
     for path, optimizer in optimizers.items():
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if isinstance(inner._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             continue
-        rate = float(inner.learning_rate)
+        rate = float(to_numpy(inner.learning_rate))
         if not rate > 0 or math.isinf(rate):
             raise ValueError(f"`learning_rate` of `{path}` must be a positive number; {rate} came.")
 

@@ -60,6 +60,7 @@ class Epochs(Logs):
         self._test_steps = 0
         self._traced: list[_Traced] = []
         self._signatures: dict[str, list[Any]] = {"train": [], "test": [], "predict": []}
+        self._stray_variables = _Hidden([])
         self._stop = _Hidden(tf.Variable(False, trainable=False, name="stop"))
 
     # Traces.
@@ -80,10 +81,12 @@ class Epochs(Logs):
                         self.strategy,
                         self._untrained if kind == "train" else list,
                         self._guard.forget,
-                        self._stop.variable,
+                        self._stop.value,
                         self.jit_compile,
                         eagerly,
                     )
+            if kind == "train":
+                self._find_strays(loop)
             return loop
 
         return self._traced_once(kind, (self.jit_compile, eagerly), element_spec, make)
@@ -112,6 +115,28 @@ class Epochs(Logs):
         call = make()
         self._traced.append(_Traced((kind, options), element_spec, call, self._trained()))
         return call
+
+    def _find_strays(self, loop: Loop) -> None:
+        """Finds what a training step changes and the trainer does not hold.
+
+        That of Keras's own seeds, which a bare `keras.random.normal(shape)` draws from, can be saved; that of
+        TensorFlow's stateful random operations cannot.
+        """
+        if self.strategy.num_replicas_in_sync > 1:
+            return  # there the graph has other variables, the replicas' own
+        internal = {id(variable) for variable in (*self._guard.variables, *self._batch_metrics.variables)}
+        self._stray_variables = _Hidden([v for v in loop.variables if not v.trainable and id(v) not in internal])
+        if self.log_dir is not None and loop.graph is not None and (found := data.random_operations(loop.graph)):
+            self._doubts.setdefault(
+                f"`train_step` has random numbers that no checkpoint can bring back ({', '.join(found)}): after a "
+                f"resume they are others. Use `keras.random` with `seed=self.seed_generator`, or a layer's own "
+                f"`keras.random.SeedGenerator`.",
+                False,
+            )
+
+    def _strays(self) -> list[tf.Variable]:
+        known = {id(variable) for optimizer in self.optimizers.values() for variable in _values(optimizer.variables)}
+        return [v for v in self._stray_variables.value if id(v) not in known]
 
     def _warn_of_retraces(self, kind: str, element_spec: Any) -> None:
         """Once, at the third trace: a step is traced for the training's data, and it may be for one other."""
@@ -293,9 +318,13 @@ class Epochs(Logs):
 
 @dataclasses.dataclass(frozen=True)
 class _Hidden:
-    """A variable that is no state of the trainer's: what its attributes lead to is."""
+    """Keeps what an attribute leads to from being found as the trainer's own."""
 
-    variable: tf.Variable
+    value: Any
+
+
+def _values(variables: list[Any]) -> list[tf.Variable]:
+    return [variable.value if isinstance(variable, keras.Variable) else variable for variable in variables]
 
 
 def joined(*parts: Any) -> Any:

@@ -48,7 +48,7 @@ class Fit:
         self._logs: dict[str, float] = {}
         self._began = False
         self._before_validation: dict[str, Any] | None = None
-        self._interrupts = Interrupts(self.trainer._stop.variable, active=self.checkpoints is not None)
+        self._interrupts = Interrupts(self.trainer._stop.value, active=self.checkpoints is not None)
 
     def run(self) -> None:
         """Trains."""

@@ -90,6 +90,11 @@ class Guard:
         """int32: 0, or the code of the first fault of the running step on this replica."""
         return tf.convert_to_tensor(self._fault)
 
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """Its own."""
+        return [self._fault]
+
     def open(self) -> None:
         """A step begins."""
         self._reported[threading.get_ident()] = False
@@ -173,7 +178,8 @@ class Guard:
                 strategy.extended.call_for_each_replica(optimizer.apply, args=(gradients, variables))
 
             refuse = report if strategy.num_replicas_in_sync == 1 else lambda: None
-            tf.cond(strategy.experimental_local_results(sound)[0], apply, refuse)
+            with tf.name_scope(optimizer.name):
+                tf.cond(strategy.experimental_local_results(sound)[0], apply, refuse)
 
         context.merge_call(on_all, args=(gradients, sound))
 

@@ -76,6 +76,7 @@ class Logs(Steps):
         Raises:
             ValueError: `log_dir` holds another run.
         """
+        checks.hparams(hparams)
         self._write(lambda: self._events.hparams(hparams))
 
     def log_embeddings(self, name: str, vectors: Any, labels: Any = None, images: Any = None) -> None:

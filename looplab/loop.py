@@ -99,6 +99,11 @@ class Loop:
         return self._scalar_names
 
     @property
+    def variables(self) -> list[tf.Variable]:
+        """All that the graph of one step uses, in the order in which it was traced."""
+        return [] if self.eager else list(self._one_step.graph.variables)
+
+    @property
     def graph(self) -> tf.Graph | None:
         """The graph of one step; None where Python goes through it."""
         return None if self.eager else self._one_step.graph

@@ -30,6 +30,11 @@ class BatchMetrics:
         self._copies: dict[keras.Metric, list[tuple[tf.Variable, np.ndarray]]] = {}  # and the value of each when fresh
         self._step = threading.local()  # each thread, which is each replica, has its own step
 
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The copies."""
+        return [copy for copies in self._copies.values() for copy, _ in copies]
+
     @contextlib.contextmanager
     def watching(self, metrics: Iterable[keras.Metric]) -> Iterator[None]:
         """Within it, `metrics` tell the values of batches in a thread where a step is open.

@@ -76,7 +76,7 @@ def restore_callbacks(
 
 
 def _by_key(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:
-    """Callbacks by class, the second of one with `_2`; without those that only show something."""
+    """Callbacks by class, the second of one with `_2`; without ours that only show something."""
     found: dict[str, keras.callbacks.Callback] = {}
     for callback in callbacks:
         if not getattr(callback, "stateless", False):

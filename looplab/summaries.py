@@ -69,8 +69,6 @@ class RunWriter:
         TensorBoard takes those of a folder as the hyperparameters of all folders below it, and keeps the first that it
         finds in a folder's files: so each call replaces the file of the one before.
         """
-        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-            raise TypeError(f"`hparams` must be a dict of values by name, the names being strings; {values!r} came.")
         if self._log_dir is not None:
             self._hparams |= {name: _hparam(value) for name, value in values.items()}
             writer = self._writer("")

@@ -178,14 +178,22 @@ class Tracked:
                 owned = [metric.variables for metric in getattr(held.thing, "metrics", ())]
                 variables = itertools.chain(held.thing.variables, *owned)
                 by_path |= {f"{held.path}/{index}": variable for index, variable in enumerate(variables)}
+        seen = {id(v.value if isinstance(v, keras.Variable) else v) for v in by_path.values()}
+        strays = (variable for variable in self._strays() if id(variable) not in seen)
+        by_path |= {f"stray/{index}": variable for index, variable in enumerate(strays)}
         first = {id(variable): path for path, variable in reversed(by_path.items())}
         return {path: variable for path, variable in by_path.items() if first[id(variable)] == path}
+
+    def _strays(self) -> list[tf.Variable]:
+        """Variables with state that no attribute leads to."""
+        return []
 
     def _state(self) -> list[Any]:
         """All variables but those of optimizers: weights, seeds, and metrics."""
         variables = self._variables(lambda layer: layer.variables)
         variables += [held.thing.state for held in self._walk() if isinstance(held.thing, keras.random.SeedGenerator)]
-        return _once(variables + [variable for metric in self.metrics for variable in metric.variables])
+        variables += [variable for metric in self.metrics for variable in metric.variables]
+        return _once(variables + self._strays())
 
     def _variables(self, of_layer: Callable[[keras.Layer], list], trainable_alone: bool = False) -> list[Any]:
         variables = []

@@ -628,12 +628,17 @@ def test_config_tells_what_the_plan_chose(trained):
     assert config["optimizers"]["optimizer"]["learning_rate"] == pytest.approx(1e-3)
 
 
-def test_diverged_training_is_told_and_not_reported_on(tmp_path, capsys):
-    flags = f"--dataset digits --limit 64 --epochs 1 --learning-rate nan --log-dir {tmp_path / 'run'}"
-    looplab.main(RECIPES["mlp"], flags.split())
-    assert "not all predictions are finite numbers. The training has diverged." in capsys.readouterr().out
-    assert not (tmp_path / "run" / "report.json").exists()
-    assert (tmp_path / "run" / "model.weights.h5").exists()
+def test_diverging_training_ends_with_one_line_and_no_report(tmp_path, capsys):
+    flags = f"--dataset digits --limit 64 --epochs 3 --learning-rate 1e38 --log-dir {tmp_path / 'run'}"
+    with pytest.raises(SystemExit) as caught:
+        looplab.main(RECIPES["mlp"], flags.split())
+    assert caught.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"error: The loss is not finite, at step \d of the training|is not finite", error), error
+    assert "smaller learning rate" in error
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"nonfinite", "checkpoints"} <= left
+    assert not left & {"report.json", "history.json", "timings.json", "model.weights.h5"}
 
 
 def test_results_of_another_run_are_not_written_over(tmp_path, capsys):
@@ -779,4 +784,12 @@ def test_without_the_extra_it_trains_and_says_what_to_install(tmp_path):
     assert "looplab[report]" not in "".join(rest)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     left = {path.name for path in (tmp_path / "run").iterdir() if "tfevents" not in path.name}
-    assert left == {"config.json", "history.json", "timings.json", "model.weights.h5", "train", "validation"}
+    assert left == {
+        "config.json",
+        "history.json",
+        "timings.json",
+        "model.weights.h5",
+        "train",
+        "validation",
+        ".lock",
+    } | {"checkpoints"}

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -203,14 +205,18 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     fit(small_trainer(log_dir=tmp_path))
     before = sorted(tmp_path.rglob("*"))
     other = small_trainer(log_dir=tmp_path)
-    for call in (
-        lambda: other.log_hparams({"units": 3}),
-        lambda: other.log_embeddings("z", VECTORS),
-        lambda: fit(other),
-    ):
-        with pytest.raises(ValueError, match="holds the run of another trainer"):
-            call()
+    other.log_hparams({"units": 3})  # it waits for what `fit` says
+    other.log_embeddings("z", VECTORS)
+    with pytest.raises(ValueError, match="holds the run of another trainer"):
+        fit(other)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_waited_for_fit_in_vain_is_told_at_the_end_of_the_program(tmp_path):
+    fit(small_trainer(log_dir=tmp_path))
+    program = f"import looplab; looplab.Trainer(log_dir={str(tmp_path)!r}).log_hparams({{'units': 3}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert f"What was logged was not written: {tmp_path} holds a run" in done.stderr
 
 
 def test_without_log_dir_nothing_is_written_and_arguments_are_checked(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from keras import layers
 
@@ -126,7 +127,7 @@ class Child:
 
     Args:
         build: What it trains, `build(log_dir)`: a function of a module, as it goes to the process by its name.
-        log_dir: The folder. Beside it, in `<log_dir>.stderr`, is what all children of that folder wrote to stderr.
+        log_dir: The folder. What the child tells lies beside it, in `<log_dir>.child-*`.
         before: Called in the child with the trainer and the arguments of `fit`, before it begins.
         dies_at: At which event of saving it kills itself.
     """
@@ -139,17 +140,16 @@ class Child:
         dies_at: Event | None = None,
     ):
         self.log_dir = log_dir
-        self._stderr = log_dir.with_name(log_dir.name + ".stderr")
-        self._told_before = len(self.stderr())
-        for file in self._marks():
+        self._process = _processes.Process(target=_train, args=(build, log_dir, before, dies_at))
+        for file in log_dir.parent.glob(f"{log_dir.name}.child-*"):
             file.unlink()
-        self._process = _processes.Process(target=_train, args=(build, log_dir, self._stderr, before, dies_at))
         _start_server()
         self._process.start()
 
     def stderr(self) -> str:
-        """What this one wrote."""
-        return self._stderr.read_text()[self._told_before :] if self._stderr.exists() else ""
+        """What it wrote there, and to stdout."""
+        file = _mark(self.log_dir, "stderr")
+        return file.read_text() if file.exists() else ""
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self._process.pid, number)
@@ -174,19 +174,13 @@ class Child:
         assert seen or ends, f"It ended before {phase}: {self.stderr()}"
         return seen
 
-    def _marks(self) -> Iterable[Path]:
-        return self.log_dir.parent.glob(f"{self.log_dir.name}.phase-*")
-
 
 def _start_server() -> None:
     """Starts the process that children are forked from, which costs seconds once and not with each child."""
     _processes.set_forkserver_preload(["preloaded"])
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{before}".rstrip(os.pathsep)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
-    finally:
-        os.environ["PYTHONPATH"] = before
 
 
 def mark(log_dir: Path, phase: str) -> None:
@@ -195,7 +189,7 @@ def mark(log_dir: Path, phase: str) -> None:
 
 
 def _mark(log_dir: Path, phase: str) -> Path:
-    return log_dir.with_name(f"{log_dir.name}.phase-{phase}")
+    return log_dir.with_name(f"{log_dir.name}.child-{phase}")
 
 
 class Marks(keras.callbacks.Callback):
@@ -214,8 +208,8 @@ class Marks(keras.callbacks.Callback):
         mark(self._log_dir, "validation")
 
 
-def _train(build, log_dir, stderr, before, dies_at) -> None:
-    descriptor = os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+def _train(build, log_dir, before, dies_at) -> None:
+    descriptor = os.open(_mark(log_dir, "stderr"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(descriptor, 2)
     os.dup2(descriptor, 1)
     os.close(descriptor)
@@ -225,9 +219,12 @@ def _train(build, log_dir, stderr, before, dies_at) -> None:
     if before is not None:
         before(trainer, arguments)
     mark(log_dir, "fit")
+    began = time.monotonic()
     history = trainer.fit(**arguments, resume=True, verbose=0).history
+    seconds = time.monotonic() - began
     write_history(log_dir, history)
-    _mark(log_dir, "events").write_text(json.dumps([dataclasses.astuple(event) for event in saving.events]))
+    told = {"seconds": seconds, "events": [dataclasses.astuple(event) for event in saving.events]}
+    _mark(log_dir, "end").write_text(json.dumps(told))
 
 
 def write_history(log_dir: Path, history: dict[str, list[float]]) -> None:
@@ -365,6 +362,11 @@ class Outcome:
     history: dict[str, list[str]]
     points: dict[str, tuple[list[int], bytes]]
 
+    seconds: float = 0.0
+    """How long `fit` took."""
+    events: list[Event] = dataclasses.field(default_factory=list)
+    """What its saves did to the disk."""
+
     @classmethod
     def of(cls, log_dir: Path) -> Outcome:
         steps, epochs = checkpoints(log_dir)[-1]
@@ -379,6 +381,15 @@ class Outcome:
             json.loads((log_dir / "history.json").read_text()),
             points,
         )
+
+    @classmethod
+    def uninterrupted(cls, build: Callable, log_dir: Path) -> Outcome:
+        """Of a run in one process, from its beginning to its end."""
+        child = Child(build, log_dir)
+        assert child.wait() == 0, child.stderr()
+        told = json.loads(_mark(log_dir, "end").read_text())
+        events = [Event(*values) for values in told["events"]]
+        return dataclasses.replace(cls.of(log_dir), seconds=told["seconds"], events=events)
 
 
 def check_same(log_dir: Path, expected: Outcome) -> None:
