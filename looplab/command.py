@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -10,7 +11,8 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from looplab.checkpoint import Checkpoint, CheckpointError
@@ -43,22 +45,39 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
     if pictures and "weights" not in options:
         parser.error("--predict needs --weights FILE: the model.weights.h5 that a run left")
     try:
-        for name, (group, fields) in groups.items():
-            chosen = {field: options.pop(field) for field in fields if field in options}
-            if chosen:  # a run that goes on has the others as they were
-                options[name] = chosen if "resume" in options else dataclasses.replace(group, **chosen)
-        if summary:
-            summarize(recipe, **_without_run(options, "weights"))
-        elif pictures:
-            predictions = predict(recipe, pictures, **_without_run(options))
-            for picture, (name, probability) in zip(pictures, predictions, strict=True):
-                print(f"{picture}: {name} {probability:.4f}")
-        else:
-            run(recipe, **options)
+        with _warnings_in_one_line():
+            _run(recipe, options, groups, pictures, summary)
     except (UsageError, DataError, CheckpointError, InUseError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (FloatingPointError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+
+
+def _run(recipe: Callable[..., Recipe], options: dict[str, Any], groups: Any, pictures: Any, summary: bool) -> None:
+    """Does what the flags ask for."""
+    for name, (group, fields) in groups.items():
+        chosen = {field: options.pop(field) for field in fields if field in options}
+        if chosen:  # a run that goes on has the others as they were
+            options[name] = chosen if "resume" in options else dataclasses.replace(group, **chosen)
+    if summary:
+        summarize(recipe, **_without_run(options, "weights"))
+    elif pictures:
+        predictions = predict(recipe, pictures, **_without_run(options))
+        for picture, (name, probability) in zip(pictures, predictions, strict=True):
+            print(f"{picture}: {name} {probability:.4f}")
+    else:
+        run(recipe, **options)
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """A line of the program that warned tells a user of the command line nothing."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _without_run(options: dict[str, Any], *more: str) -> dict[str, Any]:

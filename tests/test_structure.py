@@ -36,7 +36,7 @@ ALLOWED = {
     "recipe": {"trainer", "datasets", "checks"},
     "running": {"callbacks", "checkpoint", "checks", "datasets", "folder", "recipe", "report"},
     "command": {"checkpoint", "datasets", "lock", "recipe", "running"},
-    "testing": set(),
+    "testing": {"checkpoint", "recipe"},
     "__main__": {"command"},
     "_quiet": set(),
 }
