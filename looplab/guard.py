@@ -123,7 +123,7 @@ class Guard:
         """Looks at the losses of a step that let its optimizer apply gradients by itself."""
         if losses:
             finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in losses.values()]))
-            self.report(~finite, [f"{name} is not finite, and the step {_ALREADY}" for name in losses])
+            self.report(~finite, [f"`{name}` is not finite, and the step {_ALREADY}" for name in losses])
 
     def apply(
         self,

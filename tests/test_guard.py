@@ -1,0 +1,176 @@
+"""Losses and gradients that are not finite: no update, and a word on which."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import looplab
+from looplab.testing import read_scalars
+
+
+def net():
+    hidden = layers.Dense(4, "tanh", name="hidden")  # ReLU makes 0 of NaN
+    return keras.Sequential(
+        [layers.Input((4,)), hidden, layers.BatchNormalization(name="bn"), layers.Dense(1)], name="net"
+    )
+
+
+def poisoned(line, *rows):
+    """A data set of batches of ten, in which these rows of x are NaN."""
+    x, y = line
+    x = x.copy()
+    x[list(rows)] = np.nan
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
+
+
+def state(trainer):
+    found = {path: np.array(tf.convert_to_tensor(variable)) for path, variable in trainer._all_state().items()}
+    return {path: value for path, value in found.items() if "_compiled" not in path}  # a mean of whole epochs
+
+
+def assert_same(one, other):
+    for path, value in one.items():
+        np.testing.assert_array_equal(value, other[path], err_msg=path)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 7}, {"jit_compile": True}, {"run_eagerly": True}])
+def test_all_is_as_it_was_before_a_batch_of_nan(line, options, tmp_path):
+    def trainer(**more):
+        keras.utils.set_random_seed(0)
+        return looplab.Trainer(net(), optimizer="adam", loss="mse", metrics=["mae"], seed=0, **options, **more)
+
+    clean, stopped = trainer(), trainer(log_dir=tmp_path)
+    clean.fit(poisoned(line).take(3), verbose=0)
+    with pytest.raises(FloatingPointError) as caught:
+        stopped.fit(poisoned(line, 34, 57), epochs=2, verbose=0)
+    text = str(caught.value)
+    assert text.startswith(
+        "The loss is not finite, at step 4 (batch 4 of epoch 1). loss = nan; loss/mse = nan; `x` itself"
+    )
+    assert "first in row 4 of the batch" in text
+    assert "skip_nonfinite" in text
+    assert stopped.steps == 3
+    assert_same(state(clean), state(stopped))
+    with np.load(tmp_path / "nonfinite" / "step-4.npz", allow_pickle=False) as batch:
+        np.testing.assert_array_equal(batch["y"], line[1][30:40])
+    assert list(read_scalars(tmp_path / "train")["batch_loss"][0]) == [1, 2, 3]
+
+
+def test_the_step_can_be_gone_through_again_line_by_line(line, tmp_path):
+    seen = []
+
+    class Looking(looplab.Trainer):
+        def train_step(self, batch):
+            if tf.executing_eagerly():
+                seen.append(np.isnan(batch[0]).sum())
+            return super().train_step(batch)
+
+    for options in ({}, {"run_eagerly": True}):
+        keras.utils.set_random_seed(0)
+        trainer = Looking(net(), optimizer="adam", loss="mse", seed=0, log_dir=tmp_path, **options)
+        with pytest.raises(FloatingPointError, match="at step 4"):
+            trainer.fit(poisoned(line, 34), verbose=0, resume=bool(options))
+    assert seen == [4]
+
+
+def test_steps_can_be_passed_over_and_count_nowhere(line, tmp_path):
+    class Counting(looplab.Trainer):
+        def train_step(self, batch):
+            return {**super().train_step(batch), "twice": tf.constant(2.0)}
+
+    trainer = Counting(net(), optimizer="adam", loss="mse", metrics=["mae"], log_dir=tmp_path)
+    trainer.skip_nonfinite = 2
+    history = trainer.fit(poisoned(line, 0, 12, 45, 99), epochs=2, verbose=0).history
+    assert trainer.skipped_steps == 8
+    assert trainer.steps == 20
+    assert int(tf.convert_to_tensor(trainer.optimizer.iterations)) == 12
+    assert np.isfinite([*history["loss"], *history["mae"]]).all()
+    assert all(np.isfinite(value).all() for value in state(trainer).values())
+    points = read_scalars(tmp_path / "train")["batch_loss"]
+    assert [int(step) for step, value in zip(*points, strict=True) if np.isnan(value)] == [1, 2, 5, 10, 11, 12, 15, 20]
+    with pytest.raises(FloatingPointError, match="step 23"):
+        trainer.fit(poisoned(line, 0, 12, 25), verbose=0)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_bad_steps_in_a_row_are_counted_over_graph_calls(line, steps_per_execution):
+    trainer = looplab.Trainer(net(), optimizer="sgd", loss="mse", steps_per_execution=steps_per_execution)
+    trainer.skip_nonfinite = 3
+    trainer.fit(poisoned(line, 25, 35, 45), verbose=0)
+    with pytest.raises(FloatingPointError):
+        trainer.fit(poisoned(line, 25, 35, 45, 55), verbose=0)
+
+
+@tf.custom_gradient
+def broken(x):
+    return tf.identity(x), lambda upstream: upstream * np.inf
+
+
+def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is(line):
+    class Broken(layers.Layer):
+        def call(self, x):
+            return broken(x)
+
+    inner = [layers.Dense(3, name="below"), Broken(), layers.Dense(1, name="above")]
+    model = keras.Sequential([layers.Input((4,)), *inner], name="net")
+    before = model.get_weights()
+    with pytest.raises(FloatingPointError, match=r"gradient of net/below/(kernel|bias) is not finite.*at step 1"):
+        looplab.Trainer(model, optimizer="sgd", loss="mse").fit(*line, verbose=0)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class OwnOptimizer(looplab.Trainer):
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"my_loss": loss}
+
+
+def test_a_step_that_applies_by_itself_is_told_afterwards(line, tmp_path):
+    trainer = OwnOptimizer(net(), optimizer="sgd", loss="mse", log_dir=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"`my_loss` is not finite.*go back to a checkpoint"):
+        trainer.fit(poisoned(line, 34), verbose=0)
+    assert not list((tmp_path / "checkpoints").glob("step-*"))  # what it has is no state to go on from
+
+
+def test_minimize_in_a_branch_is_guarded(line):
+    class Sometimes(looplab.Trainer):
+        def train_step(self, batch):
+            x, y = batch
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            if tf.reduce_any(tf.math.is_nan(x)):
+                self.minimize(tape, loss)
+            return {"loss": loss}
+
+    trainer = Sometimes(net(), optimizer="sgd", loss="mse")
+    with pytest.raises(FloatingPointError, match="The loss is not finite, at step 4"):
+        trainer.fit(poisoned(line, 34), verbose=0)
+
+
+def test_loss_scaling_goes_its_own_way_and_a_loss_of_nan_is_told(line):
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=2.0**126)
+    trainer = looplab.Trainer(net(), optimizer=optimizer, loss="mse")
+    trainer.fit(*line, batch_size=10, epochs=2, verbose=0)  # infinite gradients at first, and nobody minds
+    assert float(tf.convert_to_tensor(optimizer.dynamic_scale)) < 2.0**126
+    assert trainer.skipped_steps == 0
+    with pytest.raises(FloatingPointError, match="The loss is not finite"):
+        trainer.fit(poisoned(line, 34), verbose=0)
+
+
+def test_one_replica_of_two_stops_both(line):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        trainer = looplab.Trainer(net(), optimizer=keras.optimizers.Adam(), loss="mse")
+    trainer.fit(poisoned(line), verbose=0)
+    before = trainer.get_weights()
+    with pytest.raises(FloatingPointError, match="The loss is not finite, at step 11"):
+        trainer.fit(poisoned(line, 7), verbose=0)
+    for one, other in zip(before, trainer.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
