@@ -20,7 +20,7 @@ from looplab.log import Logs
 from looplab.loop import CallLogs, Loop, Pace
 from looplab.metrics import Means, named_result
 from looplab.steps import LEARNING_RATE
-from looplab.tracking import to_numpy
+from looplab.tracking import of_each_replica, to_numpy
 
 
 @dataclasses.dataclass
@@ -293,9 +293,10 @@ class Epochs(Logs):
         return logs
 
     def _untrained(self) -> list[Any]:
-        """Each variable that no optimizer changes: metrics, seeds, moving means."""
+        """Each variable that no optimizer changes: metrics, seeds, moving means; of several replicas, each one's."""
         trained = {id(variable) for variable in self.trainable_variables}
-        return [variable for variable in self._state() if id(variable) not in trained]
+        whole = (variable for variable in self._state() if id(variable) not in trained)
+        return [part for variable in whole for part in of_each_replica(variable).values()]
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:

@@ -182,7 +182,10 @@ class Tracked:
         strays = (variable for variable in self._strays() if id(variable) not in seen)
         by_path |= {f"stray/{index}": variable for index, variable in enumerate(strays)}
         first = {id(variable): path for path, variable in reversed(by_path.items())}
-        return {path: variable for path, variable in by_path.items() if first[id(variable)] == path}
+        once = {path: variable for path, variable in by_path.items() if first[id(variable)] == path}
+        return {
+            path + suffix: part for path, variable in once.items() for suffix, part in of_each_replica(variable).items()
+        }
 
     def _strays(self) -> list[tf.Variable]:
         """Variables with state that no attribute leads to."""
@@ -242,6 +245,14 @@ class _Holder(keras.Model):
     def load_own_variables(self, store):
         for path, variable in self._free.items():
             variable.assign(store[path])
+
+
+def of_each_replica(variable: Any) -> dict[str, Any]:
+    """The variables of all replicas, where each may have its own value: the mean of moving means is none of them."""
+    inner = variable.value if isinstance(variable, keras.Variable) else variable
+    if not isinstance(inner, tf.distribute.DistributedValues) or inner.trainable:
+        return {"": variable}
+    return {f"/replica-{index}": part for index, part in enumerate(inner.values)}
 
 
 def _tell_output_shapes(model: keras.Model) -> None:

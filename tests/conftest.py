@@ -89,6 +89,12 @@ def cifar10_dir():
     return folder
 
 
+@pytest.fixture(scope="session")
+def two_devices():
+    """One for all tests: TensorFlow mixes up what several strategies of one process reduce."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture
 def line():
     """100 points of a noisy plane: x of shape (100, 4) and y of shape (100, 1)."""

@@ -164,9 +164,8 @@ def test_loss_scaling_goes_its_own_way_and_a_loss_of_nan_is_told(line):
         trainer.fit(poisoned(line, 34), verbose=0)
 
 
-def test_one_replica_of_two_stops_both(line):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
+def test_one_replica_of_two_stops_both(line, two_devices):
+    with two_devices.scope():
         trainer = looplab.Trainer(net(), optimizer=keras.optimizers.Adam(), loss="mse")
     trainer.fit(poisoned(line), verbose=0)
     before = trainer.get_weights()
