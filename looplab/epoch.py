@@ -70,6 +70,8 @@ class Epochs(Logs):
 
         def make() -> Loop:
             step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
+            if kind == "train":
+                self._stray_variables = _Hidden([])
             metrics = None
             while metrics != self.metrics:  # those that a trace makes are seen by the next alone
                 metrics = self.metrics

@@ -100,8 +100,12 @@ class Loop:
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """All that the graph of one step uses, in the order in which it was traced."""
-        return [] if self.eager else list(self._one_step.graph.variables)
+        """All that the graph of one step uses, in the order in which it came to use them."""
+        if self.eager:
+            return []
+        by_handle = {id(variable.handle): variable for variable in self._one_step.graph.variables}
+        used = (by_handle.get(id(external)) for external, _ in self._one_step.graph.captures)
+        return [variable for variable in used if variable is not None]
 
     @property
     def graph(self) -> tf.Graph | None:

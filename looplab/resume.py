@@ -72,7 +72,18 @@ def restore_callbacks(
         if keys:
             warnings.warn(f"Checkpoint {checkpoint} {text.format(', '.join(sorted(keys)))}.", stacklevel=4)
     for key, callback in known.items():
-        vars(callback).update(states.get(key, {}))
+        if key not in states:
+            continue
+        if getattr(callback, "monitor_op", ...) is None and "monitor_op" not in states[key]:
+            callback._set_monitor_op()  # Keras's callbacks choose it late, and turn round another attribute then
+        lost = [name for name, value in vars(callback).items() if plain(value) and name not in states[key]]
+        if lost := sorted(set(lost) - set(_KERAS_OWN)):
+            warnings.warn(
+                f"Checkpoint {checkpoint} could not hold {', '.join(lost)} of {key}, which begins afresh. State that "
+                f"is to be saved must be numbers, strings, arrays, and lists and dicts of such.",
+                stacklevel=4,
+            )
+        vars(callback).update(states[key])
 
 
 def _by_key(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:

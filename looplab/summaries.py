@@ -102,6 +102,12 @@ class RunWriter:
         assert self._log_dir is not None
         return {str(file.relative_to(self._log_dir)): file.stat().st_size for file in self.files()}
 
+    def remove(self) -> None:
+        """Removes all event files, also those of hyperparameters."""
+        assert self._log_dir is not None
+        for file in [*self.files(), *self._log_dir.glob("events.out.tfevents.*")]:
+            file.unlink()
+
     def rewind(self, sizes: dict[str, int]) -> None:
         """Removes all that was written since `sizes` told; what is written from now on goes to new files."""
         self.close()

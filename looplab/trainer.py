@@ -330,7 +330,7 @@ class Trainer(Epochs):
             self._early.clear()
         elif resume and not self._events.begun:
             print(f"looplab: {self.log_dir} has no checkpoint: beginning at step 1.", flush=True)
-            self._events.rewind({})
+            self._events.remove()
         for write in self._early:
             write()
         self._early.clear()

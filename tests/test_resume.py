@@ -1,0 +1,252 @@
+"""Training that goes on where it ended, within one process; `tests/faults` kills real ones."""
+
+import functools
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import looplab
+from looplab.testing import assert_resume_exact, read_scalars
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(25, 6)).astype("float32")
+Y = RANDOM.integers(0, 3, 25)
+
+
+def net():
+    inner = [layers.Dense(8, "relu"), layers.BatchNormalization(), layers.Dropout(0.5), layers.Dense(3)]
+    return keras.Sequential(inner, name="net")  # built by its first step
+
+
+def recipe(train, validation=(X, Y), batch_size=None, callbacks=(), epochs=3, trainer=looplab.Trainer, **options):
+    options.setdefault("optimizer", keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.01, 20)))
+    options.setdefault("loss", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    made = trainer(net(), metrics=["accuracy", keras.metrics.AUC(name="auc", from_logits=False)][:1], **options)
+    return looplab.Recipe(made, train, validation, epochs, batch_size, callbacks)
+
+
+def batches(shuffled=True):
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y))
+    return (dataset.shuffle(25, seed=1) if shuffled else dataset).batch(10)
+
+
+class WithOwnLoop(looplab.Trainer):
+    """Two optimizers, a variable, noise without a seed of its own, and two calls of one model."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.scale = tf.Variable(1.0)
+        self.slow = keras.optimizers.SGD(0.1, momentum=0.9)
+
+    def train_step(self, batch):
+        x, y = batch
+        noise = keras.random.normal(tf.shape(x)) * 0.1
+        with tf.GradientTape(persistent=True) as tape:
+            y_pred = self(x * self.scale + noise, training=True)
+            loss = self.compute_loss(x, y, y_pred)
+            penalty = tf.reduce_mean(self(x, training=True) ** 2) + self.scale**2
+        self.minimize(tape, loss, self.model.trainable_variables)
+        self.minimize(tape, penalty, [self.scale], self.slow)
+        return {"loss": loss, "penalty": penalty, **self.compute_metrics(x, y, y_pred)}
+
+
+class Remembering(keras.callbacks.Callback):
+    """Has state of each kind that a checkpoint can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"losses": [], 3: (1, None)}
+        self.total = np.zeros(2)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.total += logs["loss"]
+        if batch % 2:
+            self.seen["losses"].append((batch, np.float32(logs["loss"])))
+
+
+def kept():
+    stopping = keras.callbacks.EarlyStopping("loss", patience=5, restore_best_weights=True)
+    return [stopping, keras.callbacks.ReduceLROnPlateau("loss", patience=0, min_delta=1.0), Remembering()]
+
+
+CASES = {
+    "arrays": lambda **o: recipe((X, Y), batch_size=10, **o),
+    "callbacks": lambda **o: recipe((X, Y), batch_size=10, callbacks=kept(), optimizer="adam", **o),
+    "a data set that shuffles anew each epoch": lambda **o: recipe(batches(), **o),
+    "a data set of unknown length": lambda **o: recipe(batches().filter(lambda x, y: True), **o),
+    "a function of the epoch": lambda **o: recipe(lambda epoch: batches(False).skip(epoch).concatenate(batches()), **o),
+    "an own step": lambda **o: recipe((X, Y), batch_size=10, trainer=WithOwnLoop, steps_per_execution=2, **o),
+    "accumulation and averages": lambda **o: recipe(
+        (X, Y), batch_size=10, optimizer=keras.optimizers.Adam(gradient_accumulation_steps=3, use_ema=True), **o
+    ),
+}
+
+
+@pytest.mark.parametrize("build", CASES.values(), ids=CASES)
+def test_resumes_from_any_step_to_the_same_bits(build):
+    assert_resume_exact(build, 4)  # of three steps each epoch, the last of them ragged
+
+
+def test_what_cannot_resume_exactly_is_told():
+    class Noisy(looplab.Trainer):
+        def train_step(self, batch):
+            x, y = batch
+            return super().train_step((x + tf.random.normal(tf.shape(x)), y))
+
+    build = functools.partial(recipe, (X, Y), batch_size=10, epochs=1, trainer=Noisy)
+    with pytest.warns(UserWarning, match=r"random numbers that no checkpoint can bring back \(RandomStandardNormal\)"):
+        with pytest.raises(AssertionError, match=r"Resumed after step 1, .* came out otherwise"):
+            assert_resume_exact(build, 2)
+    with pytest.raises(ValueError, match="`steps` is 9, and the training has 3"):
+        assert_resume_exact(functools.partial(recipe, (X, Y), batch_size=10, epochs=1), 9)
+
+
+def trained(log_dir, epochs, **options):
+    """`fit` of a new trainer: what a program does each time it is started."""
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+    trainer = recipe((X, Y), log_dir=log_dir, **options).trainer
+    history = trainer.fit(X, Y, batch_size=10, epochs=epochs, validation_data=(X, Y), verbose=0, resume=True)
+    return trainer, history.history
+
+
+def contents(log_dir):
+    return {path: path.read_bytes() for path in log_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def points(log_dir):
+    found = {part: read_scalars(log_dir / part) for part in ("train", "validation")}
+    return {
+        (part, tag): (steps.tolist(), values.tobytes())
+        for part, tags in found.items()
+        for tag, (steps, values) in tags.items()
+    }
+
+
+def test_a_finished_run_is_left_as_it_is_and_more_epochs_go_on(tmp_path, capsys):
+    _, whole = trained(tmp_path / "whole", 4)
+    _, first = trained(tmp_path / "parts", 2)
+    assert capsys.readouterr().out.count("has no checkpoint: beginning at step 1") == 2
+    files = contents(tmp_path / "parts")
+    trainer, again = trained(tmp_path / "parts", 2)
+    assert (again, trainer.steps, trainer.epochs) == (first, 6, 2)
+    assert contents(tmp_path / "parts") == files
+    _, more = trained(tmp_path / "parts", 4)
+    assert more == whole
+    assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
+def test_early_stopping_has_stopped_for_good(tmp_path):
+    def run():
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+        stopping = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=9.0, restore_best_weights=True)
+        history = trainer.fit(X, Y, epochs=9, verbose=0, callbacks=[stopping], resume=True).history
+        return history, trainer.get_weights()
+
+    history, weights = run()
+    assert len(history["loss"]) == 2
+    again, restored = run()
+    assert again == history
+    for one, other in zip(weights, restored, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path):
+    def program(log_dir, epochs_of_second):
+        keras.utils.clear_session(free_memory=False)
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=log_dir, optimizer="adam").trainer
+        first = trainer.fit(X, Y, epochs=2, verbose=0, resume=True).history
+        trainer.model.layers[0].trainable = False
+        trainer.optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+        second = trainer.fit(X, Y, epochs=epochs_of_second, verbose=0, resume=True).history
+        return first, second, trainer.steps, trainer.get_weights()
+
+    whole = program(tmp_path / "whole", 4)
+    program(tmp_path / "parts", 2)
+    parts = program(tmp_path / "parts", 4)
+    assert parts[:3] == whole[:3]
+    for one, other in zip(parts[3], whole[3], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
+def test_what_was_logged_before_fit_is_there_once(tmp_path):
+    def program():
+        trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+        trainer.log_hparams({"width": 8})
+        trainer.log("before", 1.0)
+        trainer.fit(X, Y, epochs=1, verbose=0, resume=True)
+
+    program()
+    shutil.rmtree(tmp_path / "checkpoints")  # as if it had been killed before the first
+    program()
+    program()
+    assert read_scalars(tmp_path / "train")["before"][0].tolist() == [0]
+    assert read_scalars(tmp_path / "train")["epoch_loss"][0].tolist() == [1]
+    assert len(list(tmp_path.glob("events*"))) == 1
+
+
+def test_the_best_and_the_newest_stay_and_can_be_restored(tmp_path):
+    values = [3.0, 1.0, 2.0, 2.5, 4.0]
+
+    class Scripted(looplab.Trainer):
+        def test_step(self, batch):
+            return {"loss": super().test_step(batch)["loss"] * 0 + self.scripted}
+
+    keras.utils.set_random_seed(0)
+    settings = looplab.Checkpoint(keep=2, monitor="val_loss")
+    trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam", trainer=Scripted, checkpoint=settings).trainer
+    trainer.scripted = tf.Variable(0.0, trainable=False)
+    weights = []
+
+    def script(epoch, logs=None):
+        trainer.scripted.assign(values[epoch])
+
+    def keep(epoch, logs=None):
+        weights.append(trainer.get_weights())
+
+    follow = keras.callbacks.LambdaCallback(on_epoch_begin=script, on_epoch_end=keep)
+    trainer.fit(X, Y, epochs=5, validation_data=(X, Y), verbose=0, callbacks=[follow])
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step-2-epoch-2", "step-4-epoch-4", "step-5-epoch-5"}
+    for which, epoch in {"best": 1, "newest": 4, tmp_path / "checkpoints" / "step-4-epoch-4": 3}.items():
+        trainer.restore(which)
+        for one, other in zip(trainer.get_weights(), weights[epoch], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("every", "left"), [(3, 4), ("2 epochs", 3), ("1 second", 2)])
+def test_checkpoints_come_as_often_as_asked_for(tmp_path, every, left):
+    settings = looplab.Checkpoint(every=every, keep=100)
+    trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam", checkpoint=settings).trainer
+    pause = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tf.py_function(lambda: None, [], []))
+    trainer.fit(X, Y, batch_size=10, epochs=3 if every == 3 else 5, verbose=0, callbacks=[pause])
+    found = len(list((tmp_path / "checkpoints").glob("step-*")))
+    assert found == left if every != "1 second" else 1 <= found <= 20  # the last is always there
+
+
+def test_checkpoints_can_be_turned_off(tmp_path):
+    recipe((X, Y), log_dir=tmp_path, optimizer="adam", checkpoint=None).trainer.fit(X, Y, verbose=0)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_checkpoint_is_plain_files_that_others_can_read(tmp_path):
+    trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+    trainer.fit(X, Y, verbose=0)
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    state = json.loads((path / "state.json").read_text())
+    assert (state["steps"], state["epochs"]) == (1, 1)
+    content = (path / "arrays.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    entry = header["/variables/model/0/value"]
+    begin, end = entry["data_offsets"]
+    kernel = np.frombuffer(content[8 + length + begin : 8 + length + end], "<f4").reshape(entry["shape"])
+    np.testing.assert_array_equal(kernel, trainer.get_weights()[0])
