@@ -97,7 +97,6 @@ class Checkpoints:
         self._lower_is_better: bool | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "looplab-checkpoint")
         self._pending: concurrent.futures.Future | None = None
-        self.last: Path | None = None  # what the newest state is committed as
         self._clock = time.monotonic()
 
     # When.
@@ -137,10 +136,10 @@ class Checkpoints:
         """
         path = self.folder / f"step-{steps}-epoch-{epochs}"
         self.wait()
-        if path != self.last:
+        # Where it is there already, nothing was done since: such as at the beginning of a second `fit`.
+        if not path.exists():
             tree, arrays = flatten(state)
             self._pending = self._writer.submit(self._write, path, tree, arrays, list(durable))
-            self.last = path
         self._clock = time.monotonic()
 
     def wait(self) -> None:
@@ -151,15 +150,17 @@ class Checkpoints:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            try:
-                pending.result()
-            except BaseException:
-                self.last = None
-                raise
+            pending.result()
 
     def close(self) -> None:
         """Ends the thread; what was committed is written."""
         self._writer.shutdown()
+
+    def drop_newer(self, path: Path) -> None:
+        """Removes those newer than `path`, which is gone on from: they are damaged, and would push out whole ones."""
+        paths = self.paths()
+        for newer in paths[: paths.index(path)]:
+            self._remove(newer)
 
     def clean(self) -> None:
         """Removes what a killed process left unfinished."""
@@ -169,8 +170,6 @@ class Checkpoints:
     def _write(self, path: Path, tree: Any, arrays: dict[str, np.ndarray], durable: list[Path]) -> None:
         unfinished = self.folder / f"{_UNFINISHED}{path.name}"
         try:
-            if path.exists():  # the same state, or one that was damaged
-                self._remove(path)
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             _sync(self.folder.parent)
@@ -296,23 +295,23 @@ def plain(value: Any) -> bool:
 def flatten(state: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """A state as JSON has it, and its arrays, each under the path that leads to it."""
     arrays: dict[str, np.ndarray] = {}
+    return _flatten("", state, arrays), arrays
 
-    def visit(path: str, value: Any) -> Any:
-        if isinstance(value, (np.ndarray, np.generic)) and plain(value):
-            arrays[path] = np.asarray(value)
-            return {"$array" if isinstance(value, np.ndarray) else "$scalar": path}
-        if type(value) is dict:
-            inner = {key: visit(f"{path}/{key}", part) for key, part in value.items()}
-            simple = all(isinstance(key, str) and not key.startswith("$") for key in inner)
-            return inner if simple else {"$items": [[key, part] for key, part in inner.items()]}
-        if type(value) in (list, tuple):
-            parts = [visit(f"{path}/{index}", part) for index, part in enumerate(value)]
-            return parts if type(value) is list else {"$tuple": parts}
-        if not plain(value):
-            raise TypeError(f"A checkpoint cannot hold {path.strip('/')}, of type {type(value).__name__}.")
-        return value
 
-    return visit("", state), arrays
+def _flatten(path: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)) and plain(value):
+        arrays[path] = np.asarray(value)
+        return {"$array" if isinstance(value, np.ndarray) else "$scalar": path}
+    if type(value) is dict:
+        inner = {key: _flatten(f"{path}/{key}", part, arrays) for key, part in value.items()}
+        simple = all(isinstance(key, str) and not key.startswith("$") for key in inner)
+        return inner if simple else {"$items": [[key, part] for key, part in inner.items()]}
+    if type(value) in (list, tuple):
+        parts = [_flatten(f"{path}/{index}", part, arrays) for index, part in enumerate(value)]
+        return parts if type(value) is list else {"$tuple": parts}
+    if not plain(value):
+        raise TypeError(f"A checkpoint cannot hold {path.strip('/')}, of type {type(value).__name__}.")
+    return value
 
 
 def _unflatten(tree: Any, arrays: dict[str, np.ndarray]) -> Any:

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from looplab.tracking import path_of, to_numpy
 
+_WORDS = "begin the model with `keras.layers.StringLookup` or `TextVectorization`"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,6 +27,12 @@ def positive(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
             raise ValueError(f"`{name}` must be a whole number of at least 1; {value!r} came.")
+
+
+def validation_freq(value: Any) -> None:
+    """It is a whole number from 1 on, or some of them."""
+    for number in value if isinstance(value, (list, tuple, set, range)) else [value]:
+        positive(validation_freq=0 if number is None else number)
 
 
 def steps_per_execution(value: Any) -> None:
@@ -150,6 +157,29 @@ def gradients(values: Sequence[Any], variables: Sequence[Any]) -> None:
         )
 
 
+def metric_names(metrics: Sequence[keras.Metric]) -> None:
+    """None has the name of Keras's own mean of the loss, which is the first."""
+    if any(inner.name == "loss" for metric in metrics[1:] for inner in getattr(metric, "metrics", [metric])):
+        raise ValueError("A metric is named 'loss', as the loss itself is. Give it another `name`.")
+
+
+def strings(x: Any, model: Any) -> None:
+    """No strings come to a model that was made for numbers."""
+    wanted = [getattr(tensor, "dtype", "string") for tensor in getattr(model, "inputs", ())]
+    if wanted and "string" not in wanted and any(leaf.dtype == tf.string for leaf in tf.nest.flatten(x)):
+        raise TypeError(f"`x` has string values, and the model takes numbers ({wanted[0]}). Convert them, or {_WORDS}.")
+
+
+def misfit(x: Any, error: ValueError) -> ValueError:
+    """What to raise where a model could not be called: with the shape that came, and Keras's word on it."""
+    shapes = tf.nest.map_structure(lambda leaf: f"{leaf.shape} {leaf.dtype.name}", x)
+    reason = next((line for line in reversed(str(error).splitlines()) if "expected" in line or "Error" in line), "")
+    told = reason.strip() or str(error).strip()
+    return ValueError(
+        f"`x` of {shapes} does not fit the model: {told}. Bring it to that shape, or build the model for it."
+    )
+
+
 def targets(y: Any, loss_name: str) -> None:
     """There are targets where a loss needs them."""
     if y is None:
@@ -157,6 +187,8 @@ def targets(y: Any, loss_name: str) -> None:
             f"`loss` {loss_name} needs targets, and the data has no y. Pass y, or let the data set's elements be "
             f"(x, y); a model that adds its losses itself takes `loss=None`."
         )
+    if any(getattr(leaf, "dtype", None) == tf.string for leaf in tf.nest.flatten(y)):
+        raise TypeError(f"`y` has string values; `loss` {loss_name} takes numbers. Number the classes from 0 on.")
 
 
 def images(name: str, value: Any) -> tf.Tensor:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import socket
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -54,6 +55,8 @@ class Arrays(NamedTuple):
     """Why it is not the data set that was asked for, in one line."""
 
 
+# Of the bytes of all images and labels. The four files of http://yann.lecun.com/exdb/mnist have these bytes.
+_PUBLISHED = {"mnist": "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"}
 _DIGITS = tuple("0123456789")
 _CLASSES = {
     "mnist": _DIGITS,
@@ -113,6 +116,12 @@ class Data:
                 print(f"looplab: {fallback}. To use a file: --data-dir FOLDER_OF_{name.upper()}_NPZ", flush=True)
                 arrays, source, name = _digits(), "embedded", "digits"
         sha256 = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+        if sha256 != _PUBLISHED.get(name, sha256):
+            warnings.warn(
+                f"{source} holds another data set than the published {name}: the checksum (SHA-256) of its arrays is "
+                f"{sha256[:12]}…, not {_PUBLISHED[name][:12]}…. What is learned from it is not to be compared.",
+                stacklevel=2,
+            )
         x_train, y_train, x_test, y_test = (array[: self.limit] for array in arrays)
         x_train, x_test = to_shape(x_train, shape), to_shape(x_test, shape)
         x_validation, y_validation = x_test, y_test

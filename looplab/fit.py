@@ -46,7 +46,7 @@ class Fit:
         self._in_epoch = False
         self._progress = Progress()
         self._logs: dict[str, float] = {}
-        self._began = False
+        self._began = False  # whether there is something new to save
         self._before_validation: dict[str, Any] | None = None
         self._interrupts = Interrupts(self.trainer._stop.value, active=self.checkpoints is not None)
 
@@ -71,6 +71,8 @@ class Fit:
                 self._finish_epoch(iterator)
             if self.checkpoints is not None:
                 self._save()
+                self._interrupts.check()
+            self._began = False  # what is saved is how it went on, without what ends it
             for known in trainer._minimized:  # as Keras does: with `use_ema`, the averages become the weights
                 known.optimizer.finalize_variable_values(known.variables)
             self.callbacks.on_train_end(self._logs)
@@ -141,6 +143,7 @@ class Fit:
             yield
             if checkpoints is not None:
                 checkpoints.wait()
+                self._interrupts.check()
         except Interrupted as interrupted:
             if self._began:
                 self._save()
@@ -208,7 +211,7 @@ class Fit:
         self._progress = Progress(state["batch"], state["ended"])
         self._progress.means.restore(state["means"])
         assert self.checkpoints is not None
-        self.checkpoints.last = saved.path
+        self.checkpoints.drop_newer(saved.path)
 
 
 def check_resumable(saved: Saved, seed: int | None, described: dict[str, Any]) -> None:

@@ -212,7 +212,9 @@ def _described(name: str, array: np.ndarray) -> str:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         row = int(np.nonzero(~np.isfinite(array))[0][0])
         return f"`{name}` itself is not finite, first in row {row} of the batch"
-    return f"`{name}` is from {array.min():.6g} to {array.max():.6g}"
+    parts = array[array != np.floor(array)] if array.dtype.kind == "f" else array[:0]
+    such = f", such as {parts.flat[0]:.6g}" if parts.size else ""
+    return f"`{name}` is from {array.min():.6g} to {array.max():.6g}{such}"
 
 
 def _grouped(gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:

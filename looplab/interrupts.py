@@ -71,6 +71,9 @@ class Interrupts:
         self._at_once = True
         try:
             yield
+        except Exception:
+            self.check()  # in the middle of TensorFlow's own book-keeping, the signal may come out as another error
+            raise
         finally:
             self._at_once = False
 

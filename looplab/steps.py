@@ -94,9 +94,12 @@ class Steps(Tracked):
         """Calls the model, with `training` if it takes that."""
         if self.model is None:
             raise ValueError(f"`{type(self).__name__}` was made without `model`: override the steps that call it.")
-        if isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters:
-            return self.model(x, training=training)
-        return self.model(x)
+        takes_training = isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters
+        checks.strings(x, self.model)
+        try:
+            return self.model(x, training=training) if takes_training else self.model(x)
+        except ValueError as error:
+            raise checks.misfit(x, error) from error
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
         """The loss of a batch, a scalar: `loss` of the targets, and all that the model calls before added to it.
@@ -128,6 +131,7 @@ class Steps(Tracked):
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """Updates the running state of `metrics`, and returns their values for this batch alone, by name."""
         values = self._compiled.compute_metrics(x, y, y_pred, sample_weight)
+        checks.metric_names(self._compiled.metrics)
         del values["loss"]  # Keras's own running mean, which nothing updates here
         return values
 

@@ -130,7 +130,7 @@ class Trainer(Epochs):
         """
         checks.positive(epochs=epochs, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
         checks.positive(validation_steps=validation_steps, validation_batch_size=validation_batch_size)
-        checks.positive(validation_freq=validation_freq if isinstance(validation_freq, int) else None)
+        checks.validation_freq(validation_freq)
         checks.resume(resume, self.log_dir)
         checks.learning_rates(self.optimizers)
         given = list(callbacks or [])
