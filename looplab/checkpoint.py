@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterable
@@ -21,8 +23,10 @@ import tensorflow as tf
 
 _FORMAT = 1
 _ARRAYS, _STATE, _MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
-_MOST_BYTES = {_MANIFEST: 2**16, _STATE: 2**26}  # a hostile file shall not fill the memory
+_MOST_BYTES = {_MANIFEST: 2**16, _STATE: 2**24}  # a hostile file shall not fill the memory
 _MOST_HEADER = 2**24
+_MOST_UNASKED = 2**32  # larger files are gone through once it is known that the trainer has as much
+_MALFORMED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _NAME = re.compile(r"step-(\d{1,18})-epoch-(\d{1,18})")
 _UNFINISHED = ".unfinished-"
 _EVERY = re.compile(r"(?:(\d+) )?(step|epoch|second)s?")
@@ -165,12 +169,12 @@ class Checkpoints:
     def clean(self) -> None:
         """Removes what a killed process left unfinished."""
         for path in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(path)
+            _delete(path)
 
     def _write(self, path: Path, tree: Any, arrays: dict[str, np.ndarray], durable: list[Path]) -> None:
         unfinished = self.folder / f"{_UNFINISHED}{path.name}"
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _delete(unfinished)
             unfinished.mkdir(parents=True)
             _sync(self.folder.parent)
             for file in durable:
@@ -185,11 +189,11 @@ class Checkpoints:
             _sync(self.folder)
             self._retain()
         except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _delete(unfinished)
             raise OSError(
-                error.errno,
-                f"the checkpoint {path} could not be written: {error.strerror}. Earlier ones are as they were. "
-                f"Make room or give access, and go on with `resume`",
+                f"The checkpoint {path} could not be written: {error.strerror or error}. Earlier ones are as they "
+                f"were. Make room or give access, and go on with `resume`."
             ) from error
 
     def _retain(self) -> None:
@@ -201,9 +205,9 @@ class Checkpoints:
     def _remove(self, path: Path) -> None:
         """A folder that is half removed must not have the name of a whole one."""
         removed = self.folder / f"{_UNFINISHED}removed-{path.name}"
-        shutil.rmtree(removed, ignore_errors=True)
+        _delete(removed)
         os.rename(path, removed)
-        shutil.rmtree(removed)
+        _delete(removed)
 
     # Reading.
 
@@ -226,8 +230,11 @@ class Checkpoints:
                 best, best_value = path, value
         return best
 
-    def newest(self) -> tuple[Saved | None, list[str]]:
+    def newest(self, check: Callable[[Saved], None] = lambda saved: None) -> tuple[Saved | None, list[str]]:
         """The newest whole one, or None where there is none; and what is wrong with each newer one, which is skipped.
+
+        Args:
+            check: Raises a CheckpointError, too, where it finds something wrong.
 
         Raises:
             CheckpointError: There are some, but none is whole; or the newest is of a newer format.
@@ -235,7 +242,9 @@ class Checkpoints:
         skipped: list[str] = []
         for path in self.paths():
             try:
-                return Saved(path), skipped
+                saved = Saved(path)
+                check(saved)
+                return saved, skipped
             except NewerFormatError:
                 raise
             except CheckpointError as error:
@@ -264,9 +273,10 @@ class Saved:
 
     def __init__(self, path: Path):
         self.path = path
-        self.tree, arrays = _state(path)
+        self.tree, self._arrays = _state(path)
         """The state without its arrays, in whose places are their names."""
-        _verify(path / _ARRAYS, arrays)
+        if self._arrays["bytes"] <= _MOST_UNASKED:
+            _verify(path / _ARRAYS, self._arrays)
 
     def load(self, most: int) -> dict[str, Any]:
         """The state, whose arrays may have `most` bytes in all.
@@ -274,11 +284,15 @@ class Saved:
         Raises:
             CheckpointError: They have more, or are malformed.
         """
+        if self._arrays["bytes"] > most:
+            raise damaged(self.path, f"{_ARRAYS} has {self._arrays['bytes']} bytes, and this trainer's {most} at most")
+        if self._arrays["bytes"] > _MOST_UNASKED:
+            _verify(self.path / _ARRAYS, self._arrays)
         try:
             with _open(self.path / _ARRAYS) as file:
                 return _unflatten(self.tree, _parse_safetensors(file, most))
-        except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-            raise _damaged(self.path, f"{_ARRAYS} is malformed ({error})") from error
+        except (*_MALFORMED, struct.error) as error:
+            raise damaged(self.path, f"{_ARRAYS} is malformed ({error})") from error
 
 
 def plain(value: Any) -> bool:
@@ -342,6 +356,14 @@ def _write_file(path: Path, parts: Iterable[Any]) -> dict[str, Any]:
     return summed
 
 
+def _delete(path: Path) -> None:
+    """Removes whatever has this name, if anything does; a link, and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     """Brings a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -352,18 +374,20 @@ def _sync(path: Path) -> None:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """A file to read: no link, and none that one would wait for."""
+    """A file to read: no link, and nothing that one would wait for."""
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise damaged(path.parent, f"{path.name} is no file")
         return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
     except OSError as error:
-        raise _damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+        raise damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
 
 
 def _read_at_most(path: Path) -> bytes:
     with _open(path) as file:
         content = file.read(_MOST_BYTES[path.name] + 1)
     if len(content) > _MOST_BYTES[path.name]:
-        raise _damaged(path.parent, f"{path.name} is longer than the {_MOST_BYTES[path.name]} bytes that it may have")
+        raise damaged(path.parent, f"{path.name} is longer than the {_MOST_BYTES[path.name]} bytes that it may have")
     return content
 
 
@@ -371,7 +395,7 @@ def _read(path: Path, expected: dict[str, Any]) -> bytes:
     """The content of a file that is as its manifest says."""
     content = _read_at_most(path)
     if _summed([content]) != expected:
-        raise _damaged(path.parent, f"{path.name} is not as its checksum says")
+        raise damaged(path.parent, f"{path.name} is not as its checksum says")
     return content
 
 
@@ -379,9 +403,9 @@ def _verify(path: Path, expected: dict[str, Any]) -> None:
     """Goes through a file, which may be larger than the memory, for its checksum."""
     with _open(path) as file:
         if os.fstat(file.fileno()).st_size != expected["bytes"]:
-            raise _damaged(path.parent, f"{path.name} has not the {expected['bytes']} bytes that it was written with")
+            raise damaged(path.parent, f"{path.name} has not the {expected['bytes']} bytes that it was written with")
         if _summed(iter(lambda: file.read(2**20), b"")) != expected:
-            raise _damaged(path.parent, f"{path.name} is not as its checksum says")
+            raise damaged(path.parent, f"{path.name} is not as its checksum says")
 
 
 def _summed(parts: Iterable[Any], write: Callable[[Any], Any] = len) -> dict[str, Any]:
@@ -397,7 +421,7 @@ def _summed(parts: Iterable[Any], write: Callable[[Any], Any] = len) -> dict[str
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file, by name."""
     if path.is_symlink():
-        raise _damaged(path, "it is a symbolic link")
+        raise damaged(path, "it is a symbolic link")
     manifest = _json(path, _MANIFEST, _read_at_most(path / _MANIFEST))
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(version, int) and version > _FORMAT:
@@ -408,8 +432,8 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         files = {name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in manifest["files"].items()}
         if version != _FORMAT or set(files) != {_ARRAYS, _STATE}:
             raise ValueError(f"format {version!r} with the files {sorted(files)}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"{_MANIFEST} is malformed ({error})") from error
+    except _MALFORMED as error:
+        raise damaged(path, f"{_MANIFEST} is malformed ({error})") from error
     return files
 
 
@@ -418,7 +442,7 @@ def _state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     files = _manifest(path)
     tree = _json(path, _STATE, _read(path / _STATE, files[_STATE]))
     if not isinstance(tree, dict):
-        raise _damaged(path, f"{_STATE} holds no state")
+        raise damaged(path, f"{_STATE} holds no state")
     return tree, files[_ARRAYS]
 
 
@@ -426,10 +450,11 @@ def _json(path: Path, name: str, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"{name} is no JSON ({error})") from error
+        raise damaged(path, f"{name} is no JSON ({error})") from error
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
+def damaged(path: Path, reason: str) -> CheckpointError:
+    """What to raise where a checkpoint is not as it was written."""
     return CheckpointError(f"checkpoint {path} is damaged: {reason}.")
 
 

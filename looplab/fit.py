@@ -47,6 +47,7 @@ class Fit:
         self._progress = Progress()
         self._logs: dict[str, float] = {}
         self._began = False  # whether there is something new to save
+        self._at_first: list[dict[str, Any]] = []  # the attributes of callbacks, before and after they began
         self._before_validation: dict[str, Any] | None = None
         self._interrupts = Interrupts(self.trainer._stop.value, active=self.checkpoints is not None)
 
@@ -56,7 +57,9 @@ class Fit:
         with self._interrupts, self._saving():
             with self._interrupts.at_once():
                 self._prepare()
+            self._at_first.append(resume.attributes(self.callbacks.callbacks))
             self.callbacks.on_train_begin()
+            self._at_first.append(resume.attributes(self.callbacks.callbacks))
             if self.saved is not None:
                 self._go_on(self.saved)
             self._began = True
@@ -191,9 +194,12 @@ class Fit:
             "monitored": monitored,
             "data": self.train.described,
             "events": trainer._events.sizes(),
-            "callbacks": resume.callback_states(self.callbacks.callbacks),
+            "callbacks": self._callback_states(),
             "variables": resume.values(trainer._all_state()),
         }
+
+    def _callback_states(self) -> dict[str, Any]:
+        return resume.changed(resume.attributes(self.callbacks.callbacks), *self._at_first)
 
     def _go_on(self, saved: Saved) -> None:
         """Brings everything to where it was saved, after the callbacks have begun: what they did then is undone."""
@@ -206,7 +212,8 @@ class Fit:
         trainer.skipped_steps, trainer.stop_training = state["skipped_steps"], state["stopped"]
         trainer._finished = state["finished"]
         trainer._events.rewind(state["events"])
-        self.train.advance(state["epoch"] - self.first_epoch)
+        if state["epoch"] < self.epochs:
+            self.train.advance(state["epoch"] - self.first_epoch)
         self._epoch, self._in_epoch, self._logs = state["epoch"], state["in_epoch"], state["logs"]
         self._progress = Progress(state["batch"], state["ended"])
         self._progress.means.restore(state["means"])

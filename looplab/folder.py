@@ -68,9 +68,10 @@ class RunFolder:
 def read_config(beside: Path) -> dict[str, Any]:
     """The `config.json` in the same folder as this file, or an empty one where there is none."""
     try:
-        return json.loads((beside.parent / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((beside.parent / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _new_folder(parent: Path) -> Path:

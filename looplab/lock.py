@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,13 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115  (closed below, whatever happens within)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise InUseError(f"`log_dir` {folder} has a .lock that is no file. Remove it, or pass another folder.")
     except OSError as error:
         raise InUseError(f"`log_dir` {folder} cannot be written to: {error.strerror}. Pass another folder.") from error
-    with file:
+    with open(descriptor, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -37,6 +41,9 @@ def locked(folder: Path) -> Iterator[None]:
                 f"`log_dir` {folder} is in use by {holder}. Wait for it, end it, or pass another folder."
             ) from error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        try:
+            os.write(descriptor, holder.encode())
+        except OSError as error:
+            raise OSError(f"`log_dir` {folder} cannot be written to: {error.strerror}.") from error
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable
@@ -12,15 +13,54 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.checkpoint import CheckpointError, plain
+from looplab.checkpoint import CheckpointError, Saved, damaged, flatten, plain
 from looplab.tracking import path_of, to_numpy
 
 _KERAS_OWN = ("params", "_model")  # a list of callbacks sets them
+_CHOSEN = "$monitor_op"  # that a callback had chosen it, which is a function
+_COUNTS = ("steps", "epochs", "test_steps", "skipped_steps", "fit", "epoch", "batch")
+_KINDS = {
+    **dict.fromkeys((*_COUNTS, "seed"), int),
+    **dict.fromkeys(("stopped", "in_epoch", "ended"), bool),
+    **dict.fromkeys(("means", "logs", "data", "events", "callbacks", "variables"), dict),
+    "finished": list,
+}
 
 
 def values(variables: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The values of variables, copied, and their names, for errors."""
     return {path: {"name": path_of(variable), "value": to_numpy(variable)} for path, variable in variables.items()}
+
+
+def check_structure(saved: Saved) -> None:
+    """The state has what a state of ours has.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    tree = saved.tree
+    for name, kind in _KINDS.items():
+        value = tree.get(name)
+        if type(value) is not kind or (isinstance(value, int) and name != "seed" and not 0 <= value < 2**53):
+            raise damaged(saved.path, f"its state has {name} {str(value)[:40]}")
+    variables, means, callbacks = tree["variables"].values(), tree["means"], tree["callbacks"].values()
+    sums = means["sums"].values() if _has(means, {"sums": dict, "weight": float}) else [None]
+    for is_right, name in [
+        (all(_has(v, {"name": str, "value": dict}) and "$array" in v["value"] for v in variables), "variables"),
+        (all(type(v) is float for v in sums), "means"),
+        (all(type(v) is float for v in tree["logs"].values()), "logs"),
+        (tree["epoch"] <= tree["epochs"], "epoch"),
+        (all(type(v) is int and v >= 0 for v in tree["events"].values()), "events"),
+        (all(type(v) is dict for v in callbacks), "callbacks"),
+        (all(type(v) is dict for v in tree["finished"]) and len(tree["finished"]) == tree["fit"], "finished"),
+        (isinstance(tree.get("monitored"), (float, type(None))), "monitored"),
+    ]:
+        if not is_right:
+            raise damaged(saved.path, f"its state has malformed {name}")
+
+
+def _has(part: Any, kinds: dict[str, type]) -> bool:
+    return type(part) is dict and all(type(part.get(name)) is kind for name, kind in kinds.items())
 
 
 def most_bytes(variables: dict[str, Any]) -> int:
@@ -52,18 +92,36 @@ def assign(variables: dict[str, Any], saved: dict[str, dict[str, Any]]) -> None:
         variable.assign(saved[path]["value"])
 
 
-def callback_states(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, dict[str, Any]]:
-    """The attributes of each callback that are plain: numbers, strings, arrays, and lists and dicts of such."""
+def attributes(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, dict[str, Any]]:
+    """The attributes of each callback that are plain (numbers, strings, arrays, lists and dicts of such), copied."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, callback in _by_key(callbacks).items():
+        items = vars(callback).items()
+        found[key] = {name: _copied(value) for name, value in items if name not in _KERAS_OWN and plain(value)}
+        if callable(getattr(callback, "monitor_op", None)):
+            found[key][_CHOSEN] = True
+    return found
+
+
+def changed(now: dict[str, dict[str, Any]], *before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those attributes that are other than they were at one of these times: what a program passes is not saved."""
     return {
-        key: {name: _copied(value) for name, value in vars(callback).items() if name not in _KERAS_OWN and plain(value)}
-        for key, callback in _by_key(callbacks).items()
+        key: {
+            name: value
+            for name, value in mine.items()
+            if any(_differs(value, then.get(key, {}).get(name, ...)) for then in before)
+        }
+        for key, mine in now.items()
     }
 
 
 def restore_callbacks(
     callbacks: Iterable[keras.callbacks.Callback], states: dict[str, dict[str, Any]], checkpoint: Path
 ) -> None:
-    """Sets the attributes that `callback_states` told, and warns of callbacks that are not the same."""
+    """Sets the attributes that were saved, and warns of callbacks that are not the same.
+
+    No method is replaced, and no text that the callback was made with, such as the name of a file.
+    """
     known = _by_key(callbacks)
     for keys, text in (
         (states.keys() - known.keys(), "has the state of {}, which was not passed: it is left out"),
@@ -74,16 +132,13 @@ def restore_callbacks(
     for key, callback in known.items():
         if key not in states:
             continue
-        if getattr(callback, "monitor_op", ...) is None and "monitor_op" not in states[key]:
+        if states[key].pop(_CHOSEN, False) and getattr(callback, "monitor_op", ...) is None:
             callback._set_monitor_op()  # Keras's callbacks choose it late, and turn round another attribute then
-        lost = [name for name, value in vars(callback).items() if plain(value) and name not in states[key]]
-        if lost := sorted(set(lost) - set(_KERAS_OWN)):
-            warnings.warn(
-                f"Checkpoint {checkpoint} could not hold {', '.join(lost)} of {key}, which begins afresh. State that "
-                f"is to be saved must be numbers, strings, arrays, and lists and dicts of such.",
-                stacklevel=4,
-            )
-        vars(callback).update(states[key])
+        arguments = inspect.signature(type(callback).__init__).parameters
+        for name, value in states[key].items():
+            is_own = name in _KERAS_OWN or callable(getattr(type(callback), name, None)) or not plain(value)
+            if not is_own and not (isinstance(value, str) and name in arguments):
+                setattr(callback, name, value)
 
 
 def _by_key(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:
@@ -100,6 +155,17 @@ def _by_key(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, keras.ca
 def _signature(variable: Any) -> str:
     dtype = keras.backend.standardize_dtype(variable.dtype)
     return f"{path_of(variable)}, {tuple(variable.shape)} {dtype}"
+
+
+def _differs(one: Any, other: Any) -> bool:
+    """Whether two plain values differ; NaN is itself."""
+    if other is ... or type(one) is not type(other):
+        return True
+    trees = flatten(one), flatten(other)
+    if repr(trees[0][0]) != repr(trees[1][0]):
+        return True
+    pairs = zip(trees[0][1].values(), trees[1][1].values(), strict=True)
+    return any(a.shape != b.shape or a.dtype != b.dtype or a.tobytes() != b.tobytes() for a, b in pairs)
 
 
 def _copied(value: Any) -> Any:

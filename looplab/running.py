@@ -137,25 +137,32 @@ def _as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any
     """
     config = read_config(folder / "config.json")
     name = f"{module_name(recipe)}:{recipe.__name__}"
-    if not config:
+    if not config or type(config.get("not_json")) is not list or type(config.get("epochs")) is not int:
         raise UsageError(f"`resume` {folder} has no run: there is no config.json that can be read.")
     if config.get("recipe") != name:
         raise UsageError(f"`resume` {folder} has a run of {config.get('recipe')}; {name} cannot go on with it.")
     before = {name: value for name, value in config.items() if name not in NOT_ARGUMENTS}
     for name, value in given.items():
         _check_as_before(name, as_json(value), before.get(name), folder)
-    for name in config.get("not_json", ()):
+    for name in config["not_json"]:
         if name not in given:
             raise UsageError(f"`resume`: `{name}` was an object, which config.json cannot hold. Pass it again.")
-    versions = config.get("environment", {}).get("versions")
+    versions = config["environment"].get("versions") if type(config.get("environment")) is dict else None
     if versions != environment(recipe)["versions"]:
         print(f"looplab: {folder} ran with {versions}: with others it goes on, but not to the same bits.", flush=True)
     defaults = _defaults(recipe)
+    known = inspect.signature(recipe).parameters
+    for name in ("epochs", "batch_size"):  # which `run` wrote, where the recipe chose them by itself
+        if name not in known:
+            before.pop(name, None)
     for name, value in before.items():
         if isinstance(defaults.get(name), Data) and not isinstance(given.get(name), Data):
             before[name] = type(defaults[name])(**value | given.pop(name, {}))
         elif name == "checkpoint" and value is not None:
-            before[name] = Checkpoint(**value)
+            try:
+                before[name] = Checkpoint(**value)
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"`resume`: the config.json in {folder} has a `checkpoint` of {value}.") from error
     return before | given
 
 
@@ -181,7 +188,7 @@ def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:
 def _is_finished(ready: Recipe, folder: RunFolder) -> bool:
     """Whether the run did all epochs, and left all that it leaves."""
     before = read_config(folder.path / "config.json")
-    source = (before.get("data_source") or {}).get("sha256")
+    source = before["data_source"].get("sha256") if type(before.get("data_source")) is dict else None
     if ready.data is not None and ready.data.sha256 != source:
         raise UsageError(
             f"`resume`: the run in {folder.path} learned from data of SHA-256 {source}, and now it has "

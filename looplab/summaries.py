@@ -10,7 +10,7 @@ import socket
 import struct
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,9 @@ class RunWriter:
     def files(self) -> list[Path]:
         """The event files of steps and epochs, also those of earlier processes."""
         folders = () if self._log_dir is None else (self._log_dir / folder for folder in _FOLDERS)
-        return sorted(file for folder in folders for file in folder.glob("events.out.tfevents.*"))
+        own = (folder for folder in folders if not folder.is_symlink())
+        files = (file for folder in own for file in folder.glob("events.out.tfevents.*"))
+        return sorted(file for file in files if file.is_file() and not file.is_symlink())
 
     def sizes(self) -> dict[str, int]:
         """How many bytes each of them has, by its path in `log_dir`."""
@@ -147,16 +149,16 @@ class _Writer:
         if list(tags) != self._tags:
             self._tags = list(tags)
             self._template = Event(summary=Summary(value=[_scalar(tag) for tag in tags]))
-        file, event, values = self._open(), self._template, [value.tensor for value in self._template.summary.value]
+        event, values = self._template, [value.tensor for value in self._template.summary.value]
         times = np.linspace(began, time.time(), len(rows) + 1)[1:]
         with np.errstate(over="ignore"):  # beyond float32 a point is infinite, as in `tf.summary`
             rows = rows.astype(np.float32)
-        for index, (moment, row) in enumerate(zip(times.tolist(), rows, strict=True)):
-            event.step, event.wall_time = first + index, moment
-            for tensor, value in zip(values, row.tolist(), strict=True):
-                tensor.float_val[0] = value
-            file.write(event.SerializeToString())
-        self._flush()  # so that TensorBoard shows them at once
+        with self._writing() as file:
+            for index, (moment, row) in enumerate(zip(times.tolist(), rows, strict=True)):
+                event.step, event.wall_time = first + index, moment
+                for tensor, value in zip(values, row.tolist(), strict=True):
+                    tensor.float_val[0] = value
+                file.write(event.SerializeToString())
 
     def image(self, step: int, tag: str, files: Sequence[bytes]) -> None:
         width, height = struct.unpack(">II", files[0][16:24])  # of the first chunk, which is always the header
@@ -167,28 +169,33 @@ class _Writer:
         self.write(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])))
 
     def write(self, event: Event) -> None:
-        self._open().write(event.SerializeToString())
-        self._flush()
+        with self._writing() as file:
+            file.write(event.SerializeToString())
 
     def begin(self) -> None:
         """Makes the file, without anything in it, if there was none yet."""
         if self.path is None:
-            self._open()
-            self._flush()
+            with self._writing():
+                pass
 
     def close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
-    def _flush(self) -> None:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tf.io.TFRecordWriter]:
+        """Within it records can be written; at its end TensorBoard sees them."""
         try:
-            self._open().flush()
+            file = self._open()
+            yield file
+            file.flush()
         except tf.errors.OpError as error:
             file, self._file = self._file, None  # half a record may be in it: what follows goes to another
             with contextlib.suppress(tf.errors.OpError):
-                file.close()  # type: ignore[union-attr]
-            raise OSError(f"the event file {self.path} could not be written: {error.message}") from error
+                if file is not None:
+                    file.close()
+            raise OSError(f"The event file {self.path} could not be written: {error.message}") from error
 
     def _open(self) -> tf.io.TFRecordWriter:
         if self._file is None:

@@ -150,7 +150,13 @@ class Tracked:
 
     def load_weights(self, filepath: str | Path) -> None:
         """Assigns the weights that `save_weights` wrote, of the same models, which must be built."""
-        self._saveable("load").load_weights(filepath)
+        model = self._saveable("load")
+        try:
+            model.load_weights(filepath)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # HDF5, zip and Keras raise a dozen kinds for files that are something else
+            raise ValueError(f"`filepath` {filepath} has no weights that fit these models: {error}") from error
 
     def export(self, filepath: str | Path, **options: Any) -> None:
         """Writes the one Keras model that has all weights as a SavedModel for inference, as `keras.Model.export`."""

@@ -10,7 +10,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab import checks, data, plausible, resume
+from looplab import checks, data, plausible
+from looplab import resume as state
 from looplab.callbacks import EpochLine, ProgressBar
 from looplab.checkpoint import Checkpoint, Checkpoints, Saved
 from looplab.epoch import Epochs, joined
@@ -278,9 +279,9 @@ class Trainer(Epochs):
         else:
             saved = Saved(Path(checkpoint))
         variables = self._all_state()
-        state = saved.load(resume.most_bytes(variables))
-        resume.check(variables, state["variables"], saved.path)
-        resume.assign(variables, state["variables"])
+        values = saved.load(state.most_bytes(variables))["variables"]
+        state.check(variables, values, saved.path)
+        state.assign(variables, values)
 
     def build(self, x: Any, y: Any = None, sample_weight: Any = None) -> None:
         """Makes all variables of models, metrics and optimizers, from the data's signature: nothing is run.
@@ -323,7 +324,7 @@ class Trainer(Epochs):
             return None, None
         found = Checkpoints(self.log_dir / "checkpoints", self.checkpoint or Checkpoint())
         found.clean()
-        saved, skipped = found.newest() if resume else (None, [])
+        saved, skipped = found.newest(state.check_structure) if resume else (None, [])
         for reason in skipped:
             warnings.warn(f"Skipped: {reason}", stacklevel=4)
         if saved is not None:

@@ -1,11 +1,12 @@
 """Small trainings to be killed, the child processes in which they run, and what a run leaves in its folder.
 
-How many faults the battery makes is told by the environment variable LOOPLAB_FAULTS: without it each test takes a few
-(some three minutes for all), LOOPLAB_FAULTS=200 is the long form (hours).
+The environment variable LOOPLAB_FAULTS tells how many faults the battery makes: without it each test makes a few (less
+than three minutes for all), LOOPLAB_FAULTS=200 is the long form (hours).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -140,7 +141,7 @@ class Child:
         dies_at: Event | None = None,
     ):
         self.log_dir = log_dir
-        self._process = _processes.Process(target=_train, args=(build, log_dir, before, dies_at))
+        self._process = _processes.Process(target=train, args=(build, log_dir, before, dies_at))
         for file in log_dir.parent.glob(f"{log_dir.name}.child-*"):
             file.unlink()
         _start_server()
@@ -153,6 +154,12 @@ class Child:
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self._process.pid, number)
+
+    def kill_after(self, seconds: float) -> None:
+        """Kills it after so many seconds, if it has not ended by then."""
+        self._process.join(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            self.send(signal.SIGKILL)
 
     def wait(self, seconds: float = 120) -> int:
         """Waits for its end, and returns its exit status, or -9 where it was killed."""
@@ -208,7 +215,8 @@ class Marks(keras.callbacks.Callback):
         mark(self._log_dir, "validation")
 
 
-def _train(build, log_dir, before, dies_at) -> None:
+def train(build, log_dir, before=None, dies_at=None) -> None:
+    """What a child does."""
     descriptor = os.open(_mark(log_dir, "stderr"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(descriptor, 2)
     os.dup2(descriptor, 1)
@@ -359,6 +367,8 @@ class Outcome:
 
     newest: tuple[int, int]
     arrays: bytes
+    state: dict[str, Any]
+    """All but the names and sizes of event files."""
     history: dict[str, list[str]]
     points: dict[str, tuple[list[int], bytes]]
 
@@ -370,6 +380,9 @@ class Outcome:
     @classmethod
     def of(cls, log_dir: Path) -> Outcome:
         steps, epochs = checkpoints(log_dir)[-1]
+        newest = log_dir / "checkpoints" / f"step-{steps}-epoch-{epochs}"
+        state = json.loads((newest / "state.json").read_text())
+        del state["events"]
         points = {
             f"{folder}/{tag}": (numbers.tolist(), values.tobytes())
             for folder in ("train", "validation")
@@ -377,7 +390,8 @@ class Outcome:
         }
         return cls(
             (steps, epochs),
-            (log_dir / "checkpoints" / f"step-{steps}-epoch-{epochs}" / "arrays.safetensors").read_bytes(),
+            (newest / "arrays.safetensors").read_bytes(),
+            state,
             json.loads((log_dir / "history.json").read_text()),
             points,
         )
@@ -400,5 +414,6 @@ def check_same(log_dir: Path, expected: Outcome) -> None:
     assert found.points.keys() == expected.points.keys()
     for tag, points in expected.points.items():
         assert found.points[tag] == points, tag
+    assert found.state == expected.state
     assert found.arrays == expected.arrays
     assert not list((log_dir / "checkpoints").glob(".unfinished-*"))

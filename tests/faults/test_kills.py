@@ -6,12 +6,13 @@ of both.
 
 import itertools
 import math
+import os
 import random
 import signal
-import time
 
+import keras
 import pytest
-from runs import EVERY, FAULTS, NETS, Child, Event, check_same, checkpoints, steps_seen
+from runs import EVERY, FAULTS, NETS, Child, Event, Outcome, check_same, checkpoints, steps_seen
 
 NAMES = list(NETS)
 
@@ -53,6 +54,46 @@ def test_ten_kills_in_a_row_of_one_run(net, uninterrupted, tmp_path):
             return
 
 
+def two_fits(log_dir):
+    """The second `fit` of a program, that keeps one checkpoint alone."""
+    trainer, arguments = NETS["vae"](log_dir, every=1, keep=1)
+    return trainer, {**arguments, "epochs": 2}
+
+
+def first_fit(trainer, arguments):
+    trainer.fit(**{**arguments, "epochs": 1}, resume=True, verbose=0)
+
+
+def first_fit_then_a_signal(trainer, arguments):
+    first_fit(trainer, arguments)
+    arguments["callbacks"] = [*arguments["callbacks"], Terminates()]
+
+
+class Terminates(keras.callbacks.Callback):
+    """Sends SIGTERM before the first step."""
+
+    stateless = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kind", ["write", "rename", "remove"] if FAULTS else ["write"])
+def test_a_save_at_the_step_of_an_earlier_one_is_killed_and_that_one_is_not_lost(kind, tmp_path):
+    whole = tmp_path / "whole"
+    child = Child(two_fits, whole, before=first_fit)
+    assert child.wait() == 0, child.stderr()
+
+    # The first `fit` saves after each of its 7 steps and at its end; the second one after none.
+    log_dir = tmp_path / "killed"
+    child = Child(two_fits, log_dir, before=first_fit_then_a_signal, dies_at=Event(8, kind, 0))
+    assert child.wait() in (-signal.SIGKILL, 128 + signal.SIGTERM), child.stderr()
+    assert checkpoints(log_dir) == [(7, 1)]
+    child = Child(two_fits, log_dir, before=first_fit)
+    assert child.wait() == 0, child.stderr()
+    check_same(log_dir, Outcome.of(whole))
+
+
 def in_turn(events: list[Event], dice: random.Random, first: int = 0) -> list[Event]:
     """One event for each thing that a save does, of some save: a write, an fsync, a rename, a removal, and so on."""
     places: dict[str, dict[int, list[Event]]] = {}
@@ -70,8 +111,7 @@ def killed(net: str, log_dir, event: Event | None, seconds: float) -> bool:
     """Goes on with a run until it is killed, at an event or after so many seconds of `fit`; False if it ends before."""
     child = Child(NETS[net], log_dir, dies_at=event)
     if event is None and child.wait_for("fit", ends=True):
-        time.sleep(seconds)
-        child.send(signal.SIGKILL)
+        child.kill_after(seconds)
     status = child.wait()
     assert status in (0, -signal.SIGKILL), child.stderr()
     assert "Warning" not in child.stderr()
