@@ -15,9 +15,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from looplab.checkpoint import Checkpoint, CheckpointError
+from looplab.checkpoint import Checkpoint
 from looplab.datasets import DataError
 from looplab.lock import InUseError
+from looplab.plain_files import CheckpointError
 from looplab.recipe import Recipe, UsageError
 from looplab.running import module_name, predict, run, summarize
 

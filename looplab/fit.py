@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from looplab import resume
-from looplab.checkpoint import Checkpoint, CheckpointError, Checkpoints, Saved
+from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.data import Batches
 from looplab.epoch import Progress
 from looplab.guard import Fault
 from looplab.interrupts import Interrupted, Interrupts
 from looplab.metrics import lower_is_better
+from looplab.plain_files import CheckpointError, Saved
 
 if TYPE_CHECKING:
     from looplab.trainer import Trainer

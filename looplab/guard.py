@@ -15,6 +15,7 @@ import tensorflow as tf
 from looplab.tracking import path_of
 
 _ALREADY = "has updated the weights by itself"
+_LARGE = 2**14  # numbers
 NO_ROWS = "the batch has no rows: filter empty ones out"
 _ADVICE = (
     "Often a smaller learning rate, or `global_clipnorm` of the optimizer, helps; `trainer.skip_nonfinite = n` passes "
@@ -145,8 +146,8 @@ class Guard:
             with keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(list(variables))
         known = [(v, g) for v, g in zip(variables, gradients, strict=True) if g is not None]
-        numbers = [g.values if isinstance(g, tf.IndexedSlices) else g for _, g in known]
-        squares = tf.add_n([tf.nn.l2_loss(numbers) for numbers in _grouped(numbers)])
+        numbers = [tf.cast(g.values if isinstance(g, tf.IndexedSlices) else g, tf.float32) for _, g in known]
+        squares = tf.add_n([tf.nn.l2_loss(group) for group in _grouped(numbers)])
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             squares = tf.where(tf.convert_to_tensor(optimizer.dynamic_scale) > 1, 0.0, squares)
         context = tf.distribute.get_replica_context()
@@ -162,7 +163,7 @@ class Guard:
             values = [
                 1 / tf.cast(rows, tf.float32),
                 loss,
-                *map(tf.nn.l2_loss, map(_at_least_float32, numbers)),
+                *map(tf.nn.l2_loss, numbers),
                 squares,
             ]
             finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in values]))
@@ -219,17 +220,6 @@ def _described(name: str, array: np.ndarray) -> str:
 
 def _grouped(gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """The large ones, and the small ones as one: each operation costs more than it computes."""
-    sizes = [gradient.shape.num_elements() for gradient in gradients]
-    wide = [_at_least_float32(gradient) for gradient in gradients]
-    large = [gradient for gradient, size in zip(wide, sizes, strict=True) if size is None or size >= 2**14]
-    small = [
-        tf.reshape(tf.cast(gradient, tf.float32), [-1])
-        for gradient, size in zip(wide, sizes, strict=True)
-        if size is not None and size < 2**14
-    ]
-    return [tf.cast(gradient, tf.float32) for gradient in large] + ([tf.concat(small, 0)] if small else [])
-
-
-def _at_least_float32(value: tf.Tensor) -> tf.Tensor:
-    """Half precision would overflow when squared."""
-    return value if value.dtype.size >= 4 else tf.cast(value, tf.float32)
+    large = [gradient for gradient in gradients if (gradient.shape.num_elements() or _LARGE) >= _LARGE]
+    small = [tf.reshape(g, [-1]) for g in gradients if (g.shape.num_elements() or _LARGE) < _LARGE]
+    return [*large, tf.concat(small, 0)] if small else large

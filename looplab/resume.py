@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.checkpoint import CheckpointError, Saved, damaged, flatten, plain
+from looplab.plain_files import CheckpointError, Saved, damaged, flatten, plain
 from looplab.tracking import path_of, to_numpy
 
 _KERAS_OWN = ("params", "_model")  # a list of callbacks sets them

@@ -14,7 +14,8 @@ import numpy as np
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from looplab.checkpoint import Checkpoint, Checkpoints, flatten
+from looplab.checkpoint import Checkpoint, Checkpoints
+from looplab.plain_files import flatten
 from looplab.recipe import Recipe
 
 _EACH_STEP = Checkpoint(every=1, keep=10**9)

@@ -13,11 +13,12 @@ import tensorflow as tf
 from looplab import checks, data, plausible
 from looplab import resume as state
 from looplab.callbacks import EpochLine, ProgressBar
-from looplab.checkpoint import Checkpoint, Checkpoints, Saved
+from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.epoch import Epochs, joined
 from looplab.fit import Fit, check_resumable
 from looplab.guard import Fault
 from looplab.metrics import lower_is_better
+from looplab.plain_files import Saved
 
 
 class Trainer(Epochs):

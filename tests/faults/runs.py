@@ -31,6 +31,7 @@ from keras import layers
 
 import looplab
 import looplab.checkpoint
+import looplab.plain_files
 from looplab.testing import read_scalars
 
 FAULTS = int(os.environ.get("LOOPLAB_FAULTS", "0"))
@@ -268,9 +269,11 @@ class Saving:
         self._dies_at = dies_at
         self._save = -1
         module: Any = looplab.checkpoint
-        module.open = self._open
-        module.os = _With(os, fsync=self._before("fsync", os.fsync), rename=self._before("rename", os.rename))
-        module.shutil = _With(shutil, rmtree=self._remove)
+        files: Any = looplab.plain_files
+        files.open = self._open
+        files.shutil = _With(shutil, rmtree=self._remove)
+        files.os = _With(os, fsync=self._before("fsync", os.fsync))
+        module.os = _With(os, rename=self._before("rename", os.rename))
         write = module.Checkpoints._write
 
         def counted(checkpoints, *arguments):

@@ -20,7 +20,7 @@ from keras import layers
 from runs import FAULTS, NETS, Child, Outcome, check_same, checkpoints, mark, steps_seen
 
 import looplab
-import looplab.checkpoint
+import looplab.plain_files
 
 TIMES = FAULTS // 4 or 1
 STEP = 0.05
@@ -89,7 +89,7 @@ def very_slow(log_dir):
 
 def save_slowly(trainer, arguments):
     """Lets each of the three files of a save take its time."""
-    write = looplab.checkpoint._write_file
+    write = looplab.plain_files._write_file
 
     def slowly(path, parts):
         mark(trainer.log_dir, "save")
@@ -97,7 +97,7 @@ def save_slowly(trainer, arguments):
         time.sleep(SAVE / 3)
         return write(path, parts)
 
-    looplab.checkpoint._write_file = slowly
+    looplab.plain_files._write_file = slowly
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,297 @@
+"""A state as plain files: written with checksums, and read without trust.
+
+Arrays are in the format of safetensors, all else is JSON, and a manifest has the checksums of both. Nothing that is
+read is ever run, no name in a file leads to another file, and no number in one makes the memory grow without bound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import tensorflow as tf
+
+_FORMAT = 1
+_ARRAYS, _STATE, _MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
+_MOST_BYTES = {_MANIFEST: 2**16, _STATE: 2**24}  # a hostile file shall not fill the memory
+_MOST_HEADER = 2**24
+_MOST_UNASKED = 2**32  # larger files are gone through once it is known that the trainer has as much
+_MALFORMED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+# https://github.com/huggingface/safetensors#format: eight bytes with the header's length, the header as JSON, the data.
+_DTYPES = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"},
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64"},
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, of another format, or of another trainer."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint was written by a newer looplab."""
+
+
+class Saved:
+    """A checkpoint on the disk, found whole.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or damaged, or of a newer format.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tree, self._arrays = _state(path)
+        """The state without its arrays, in whose places are their names."""
+        if self._arrays["bytes"] <= _MOST_UNASKED:
+            _verify(path / _ARRAYS, self._arrays)
+
+    def load(self, most: int) -> dict[str, Any]:
+        """The state, whose arrays may have `most` bytes in all.
+
+        Raises:
+            CheckpointError: They have more, or are malformed.
+        """
+        if self._arrays["bytes"] > most:
+            raise damaged(self.path, f"{_ARRAYS} has {self._arrays['bytes']} bytes, and this trainer's {most} at most")
+        if self._arrays["bytes"] > _MOST_UNASKED:
+            _verify(self.path / _ARRAYS, self._arrays)
+        try:
+            with _open(self.path / _ARRAYS) as file:
+                return _unflatten(self.tree, _parse_safetensors(file, most))
+        except (*_MALFORMED, struct.error) as error:
+            raise damaged(self.path, f"{_ARRAYS} is malformed ({error})") from error
+
+
+def write(folder: Path, tree: Any, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a state that `flatten` made to a folder, whose files and names are on the disk then."""
+    written = {_ARRAYS: _write_file(folder / _ARRAYS, _safetensors(arrays))}
+    written[_STATE] = _write_file(folder / _STATE, [json.dumps(tree).encode()])
+    manifest = json.dumps({"format": _FORMAT, "files": written}, indent=1)
+    _write_file(folder / _MANIFEST, [manifest.encode()])
+    sync(folder)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The state without its arrays.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    return _state(path)[0]
+
+
+def plain(value: Any) -> bool:
+    """Whether a state can have it: numbers, strings, None, arrays, and dicts, lists and tuples of such."""
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and plain(inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(plain, value))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype.name in _DTYPES
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def flatten(state: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """A state as JSON has it, and its arrays, each under the path that leads to it."""
+    arrays: dict[str, np.ndarray] = {}
+    return _flatten("", state, arrays), arrays
+
+
+def _flatten(path: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)) and plain(value):
+        arrays[path] = np.asarray(value)
+        return {"$array" if isinstance(value, np.ndarray) else "$scalar": path}
+    if type(value) is dict:
+        inner = {key: _flatten(f"{path}/{key}", part, arrays) for key, part in value.items()}
+        simple = all(isinstance(key, str) and not key.startswith("$") for key in inner)
+        return inner if simple else {"$items": [[key, part] for key, part in inner.items()]}
+    if type(value) in (list, tuple):
+        parts = [_flatten(f"{path}/{index}", part, arrays) for index, part in enumerate(value)]
+        return parts if type(value) is list else {"$tuple": parts}
+    if not plain(value):
+        raise TypeError(f"A checkpoint cannot hold {path.strip('/')}, of type {type(value).__name__}.")
+    return value
+
+
+def _unflatten(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(tree, list):
+        return [_unflatten(part, arrays) for part in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$array" in tree:
+        return arrays[tree["$array"]]
+    if "$scalar" in tree:
+        return arrays[tree["$scalar"]][()]
+    if "$tuple" in tree:
+        return tuple(_unflatten(part, arrays) for part in tree["$tuple"])
+    if "$items" in tree:
+        return {key: _unflatten(part, arrays) for key, part in tree["$items"]}
+    return {key: _unflatten(part, arrays) for key, part in tree.items()}
+
+
+# Files.
+
+
+def _write_file(path: Path, parts: Iterable[Any]) -> dict[str, Any]:
+    """Writes a file and brings it to the disk; its size and checksum."""
+    with open(path, "xb") as file:
+        summed = _summed(parts, file.write)
+        file.flush()
+        os.fsync(file.fileno())
+    return summed
+
+
+def delete(path: Path) -> None:
+    """Removes whatever has this name, if anything does; a link, and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> IO[bytes]:
+    """A file to read: no link, and nothing that one would wait for."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise damaged(path.parent, f"{path.name} is no file")
+        return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    except OSError as error:
+        raise damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def _read_at_most(path: Path) -> bytes:
+    with _open(path) as file:
+        content = file.read(_MOST_BYTES[path.name] + 1)
+    if len(content) > _MOST_BYTES[path.name]:
+        raise damaged(path.parent, f"{path.name} is longer than the {_MOST_BYTES[path.name]} bytes that it may have")
+    return content
+
+
+def _read(path: Path, expected: dict[str, Any]) -> bytes:
+    """The content of a file that is as its manifest says."""
+    content = _read_at_most(path)
+    if _summed([content]) != expected:
+        raise damaged(path.parent, f"{path.name} is not as its checksum says")
+    return content
+
+
+def _verify(path: Path, expected: dict[str, Any]) -> None:
+    """Goes through a file, which may be larger than the memory, for its checksum."""
+    with _open(path) as file:
+        if os.fstat(file.fileno()).st_size != expected["bytes"]:
+            raise damaged(path.parent, f"{path.name} has not the {expected['bytes']} bytes that it was written with")
+        if _summed(iter(lambda: file.read(2**20), b"")) != expected:
+            raise damaged(path.parent, f"{path.name} is not as its checksum says")
+
+
+def _summed(parts: Iterable[Any], write: Callable[[Any], Any] = len) -> dict[str, Any]:
+    """How many bytes the parts have, and their checksum; each is given to `write`."""
+    size, checksum = 0, hashlib.sha256()
+    for part in parts:
+        write(part)
+        checksum.update(part)
+        size += len(part)
+    return {"bytes": size, "sha256": checksum.hexdigest()}
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file, by name."""
+    if path.is_symlink():
+        raise damaged(path, "it is a symbolic link")
+    manifest = _json(path, _MANIFEST, _read_at_most(path / _MANIFEST))
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version > _FORMAT:
+        raise NewerFormatError(
+            f"checkpoint {path} has format {version}, and this looplab reads up to {_FORMAT}: install a newer one."
+        )
+    try:
+        files = {name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in manifest["files"].items()}
+        if version != _FORMAT or set(files) != {_ARRAYS, _STATE}:
+            raise ValueError(f"format {version!r} with the files {sorted(files)}")
+    except _MALFORMED as error:
+        raise damaged(path, f"{_MANIFEST} is malformed ({error})") from error
+    return files
+
+
+def _state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state without its arrays; and size and checksum of the file of these."""
+    files = _manifest(path)
+    tree = _json(path, _STATE, _read(path / _STATE, files[_STATE]))
+    if not isinstance(tree, dict):
+        raise damaged(path, f"{_STATE} holds no state")
+    return tree, files[_ARRAYS]
+
+
+def _json(path: Path, name: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"{name} is no JSON ({error})") from error
+
+
+def damaged(path: Path, reason: str) -> CheckpointError:
+    """What to raise where a checkpoint is not as it was written."""
+    return CheckpointError(f"checkpoint {path} is damaged: {reason}.")
+
+
+def _safetensors(arrays: dict[str, np.ndarray]) -> Iterable[Any]:
+    """The parts of a safetensors file."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _DTYPES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for array in arrays.values():
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _parse_safetensors(file: IO[bytes], most: int) -> dict[str, np.ndarray]:
+    """The arrays; ValueError, KeyError, TypeError or struct.error where the file is malformed."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > _MOST_HEADER:
+        raise ValueError(f"its header has {length} bytes")
+    header = json.loads(file.read(length))
+    names = {short: name for name, short in _DTYPES.items()}
+    arrays: dict[str, np.ndarray] = {}
+    end = 0
+    for name, entry in header.items():
+        dtype = np.dtype(tf.as_dtype(names[entry["dtype"]]).as_numpy_dtype)
+        shape = [int(size) for size in entry["shape"]]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        if min([0, *shape]) < 0 or entry["data_offsets"] != [begin, end]:
+            raise ValueError(f"{name} of shape {shape} and {dtype.name} cannot be at {entry['data_offsets']}")
+        if end > most:
+            raise ValueError(f"it has more than {most} bytes, and is not of this trainer")
+        arrays[name] = np.frombuffer(bytearray(file.read(end - begin)), dtype).reshape(shape)
+    return arrays
