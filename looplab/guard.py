@@ -139,8 +139,8 @@ class Guard:
         Args:
             rows: How many examples this replica has, or 1 where it may have none.
 
-        Whether all gradients are finite shows in the sum of the squares of each. It costs a hundredth of what it costs
-        to look at each number. What a `LossScaleOptimizer` finds not finite is its own business, as long as it scales.
+        Whether all gradients are finite shows in the sum of their squares, which costs less than to look at each
+        number. What a `LossScaleOptimizer` finds not finite is its own business, as long as it scales.
         """
         if not optimizer.built:  # before the branch, in which no variable can be made
             with keras.name_scope(optimizer.name, caller=optimizer):
