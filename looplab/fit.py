@@ -218,8 +218,8 @@ class Fit:
         self._epoch, self._in_epoch, self._logs = state["epoch"], state["in_epoch"], state["logs"]
         self._progress = Progress(state["batch"], state["ended"])
         self._progress.means.restore(state["means"])
-        assert self.checkpoints is not None
-        self.checkpoints.drop_newer(saved.path)
+        if self.checkpoints is not None:  # one may go on without saving any more
+            self.checkpoints.drop_newer(saved.path)
 
 
 def check_resumable(saved: Saved, seed: int | None, described: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ class Trainer(Epochs):
             checkpoints, saved = self._checkpoints(resume)
             number = len(self._finished)
             if saved is not None and saved.tree["fit"] > number:
-                return self._left_as_it_is(saved.tree["finished"][number], given)
+                return self._left_as_it_is(saved.tree["finished"][number])
             if saved is not None and saved.tree["fit"] < number:
                 saved = None
             if saved is not None:
@@ -338,9 +338,7 @@ class Trainer(Epochs):
         self._early.clear()
         return (found if self.checkpoint is not None else None), saved
 
-    def _left_as_it_is(
-        self, history: dict[str, list[float]], callbacks: list[keras.callbacks.Callback]
-    ) -> keras.callbacks.History:
+    def _left_as_it_is(self, history: dict[str, list[float]]) -> keras.callbacks.History:
         """What a `fit` returns that was finished before the run was saved in a later one."""
         print(f"looplab: call {len(self._finished) + 1} of `fit` in {self.log_dir} was finished before.", flush=True)
         self._finished.append(history)

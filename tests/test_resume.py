@@ -141,6 +141,15 @@ def test_a_finished_run_is_left_as_it_is_and_more_epochs_go_on(tmp_path, capsys)
     assert points(tmp_path / "parts") == points(tmp_path / "whole")
 
 
+def test_a_run_may_go_on_without_saving_any_more(tmp_path):
+    _, whole = trained(tmp_path / "whole", 3)
+    trained(tmp_path / "parts", 2)
+    before = sorted((tmp_path / "parts" / "checkpoints").iterdir())
+    _, more = trained(tmp_path / "parts", 3, checkpoint=None)
+    assert more == whole
+    assert sorted((tmp_path / "parts" / "checkpoints").iterdir()) == before
+
+
 def test_early_stopping_has_stopped_for_good(tmp_path):
     def run():
         keras.utils.set_random_seed(0)
