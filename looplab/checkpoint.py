@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from looplab import checks
 from looplab.plain_files import CheckpointError, NewerFormatError, Saved, delete, flatten, read_tree, sync, write
 
 _NAME = re.compile(r"step-(\d{1,18})-epoch-(\d{1,18})")
@@ -22,6 +23,7 @@ _UNFINISHED = ".unfinished-"
 _EVERY = re.compile(r"(?:(\d+) )?(step|epoch|second)s?")
 
 
+@checks.named
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """When a trainer saves all its state to `log_dir/checkpoints`, and what it keeps there.

@@ -6,7 +6,6 @@ import difflib
 import functools
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.tracking import path_of, to_numpy
+from looplab.warn import warn
 
 _WORDS = "begin the model with `keras.layers.StringLookup` or `TextVectorization`"
 P = ParamSpec("P")
@@ -83,7 +83,7 @@ def unseeded(what: str, resumes: bool) -> None:
     )
     if resumes:
         raise ValueError(text)
-    warnings.warn(text, stacklevel=4)
+    warn(text)
 
 
 def _holds_run(log_dir: Path) -> bool:
@@ -233,7 +233,10 @@ def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
 
 
 def named(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which tells the nearest name where it gets a keyword argument that it has not."""
+    """The function, or class, which tells the nearest name where it gets a keyword argument that it has not."""
+    if isinstance(function, type):
+        function.__init__ = named(function.__init__)  # type: ignore[misc]
+        return function
     parameters = inspect.signature(function).parameters
 
     @functools.wraps(function)

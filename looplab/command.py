@@ -19,8 +19,8 @@ from looplab.checkpoint import Checkpoint
 from looplab.datasets import DataError
 from looplab.lock import InUseError
 from looplab.plain_files import CheckpointError
-from looplab.recipe import Recipe, UsageError
-from looplab.running import module_name, predict, run, summarize
+from looplab.recipe import Recipe, UsageError, module_name
+from looplab.running import predict, run, summarize
 
 
 def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from looplab.arrays import is_arrays, to_arrays
 
 # Kernels that count for themselves; the stateless ones, and those of `tf.random.Generator`, do not.
 _UNSAVED_RANDOM = {
@@ -41,8 +45,42 @@ class Batches:
     """(x, y, sample_weight), or what there is of it, where it came as arrays."""
     unseeded: str = ""
     """What is random in it, and will be otherwise the next time."""
-    advance: Callable[[int], None] = lambda epochs: None
-    """Brings a data set to where it is after so many epochs: one that shuffles does it otherwise each time."""
+    dataset: tf.data.Dataset | None = None
+    """The user's own, where it shuffles anew each time that it is begun."""
+
+    @property
+    def begun(self) -> int:
+        """How often its data set was begun in this process."""
+        return 0 if self.dataset is None else _begun.get(self.dataset, 0)
+
+    def iterate(self, epoch: int, batch: int = 0) -> Iterator:
+        """An iterator over `start(epoch, batch)`."""
+        if self.dataset is not None:
+            _begun[self.dataset] = self.begun + 1
+        return iter(self.start(epoch, batch))
+
+    def advance(self, begun: int) -> None:
+        """Brings its data set to the order that it has when it was begun so often.
+
+        Raises:
+            ValueError: It was begun more often.
+        """
+        if self.dataset is None:
+            return
+        if self.begun > begun:
+            raise ValueError(
+                f"`{self.name}` is a data set that shuffles anew each time, and has given the order that is needed now "
+                f"already. Make it anew, as a program does that starts again, or pass to `shuffle` "
+                f"reshuffle_each_iteration=False."
+            )
+        for _ in range(begun - self.begun):
+            passed = iter(self.dataset)
+            if not _draws_when_begun(self.dataset):
+                collections.deque(passed, maxlen=0)
+        _begun[self.dataset] = begun
+
+
+_begun: weakref.WeakKeyDictionary[tf.data.Dataset, int] = weakref.WeakKeyDictionary()
 
 
 def from_arguments(
@@ -127,60 +165,6 @@ def changes(before: Any, after: Any) -> str:
     return "; ".join(told)
 
 
-def is_arrays(x: Any) -> bool:
-    """Whether `x` is neither a data set nor a function that returns one."""
-    return not isinstance(x, tf.data.Dataset) and not callable(x)
-
-
-def to_arrays(name: str, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
-    """(x, y, sample_weight) as arrays, without what is None: floating numbers as Keras's `floatx`, lists as tuples."""
-    parts = {name: x, "y": y, "sample_weight": sample_weight}
-    arrays = {part: _to_arrays(part, value) for part, value in parts.items() if value is not None or part == name}
-    lengths = {part: {leaf.shape[0] for leaf in tf.nest.flatten(value)} for part, value in arrays.items()}
-    if len(set.union(*lengths.values())) > 1:
-        told = ", ".join(f"`{part}` has {' and '.join(map(str, sorted(n)))}" for part, n in lengths.items())
-        raise ValueError(f"All parts of the data must have the same number of examples; {told}.")
-    if lengths[name] <= {0}:
-        raise ValueError(f"`{name}` is empty: it has 0 examples. Pass at least one.")
-    return keras.utils.pack_x_y_sample_weight(arrays[name], arrays.get("y"), arrays.get("sample_weight"))
-
-
-def split(arrays: Any, fraction: float) -> tuple[Any, Any]:
-    """(all but the last `fraction` of the examples, the last `fraction`), before any shuffling, as Keras does it."""
-    n = tf.nest.flatten(arrays)[0].shape[0]
-    cut = math.floor(n * (1 - fraction))
-    if not 0 < cut < n:
-        raise ValueError(
-            f"`validation_split={fraction}` of {n} examples leaves {cut} to train on and {n - cut} to validate on. "
-            f"Both must be at least 1."
-        )
-    return tuple(tf.nest.map_structure(lambda a, part=part: a[part], arrays) for part in (slice(cut), slice(cut, n)))
-
-
-def _to_arrays(part: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_arrays(f"{part}[{key!r}]", inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)) and any(len(getattr(inner, "shape", ())) > 0 for inner in value):
-        return tuple(_to_arrays(f"{part}[{index}]", inner) for index, inner in enumerate(value))
-    if not hasattr(value, "__array__") and not isinstance(value, (list, tuple, tf.RaggedTensor)):
-        raise TypeError(
-            f"`{part}` must be an array, a dict or tuple of arrays, a `tf.data.Dataset`, or a function of the epoch "
-            f"that returns one; {type(value).__name__} came. Wrap any other iterable as "
-            f"`tf.data.Dataset.from_generator(lambda: iterable, output_signature=...)`."
-        )
-    try:
-        array = value if isinstance(value, (tf.Tensor, tf.RaggedTensor)) else np.asarray(value)
-    except ValueError as error:
-        raise TypeError(f"`{part}` must be an array; a list with rows of several shapes came.") from error
-    if array.dtype == object:
-        raise TypeError(f"`{part}` must hold numbers; an array of objects came. Give all its rows one shape and type.")
-    if len(array.shape) == 0:
-        raise ValueError(f"`{part}` must have its examples along its first dimension; a single number came.")
-    if tf.as_dtype(array.dtype).is_floating and array.dtype != keras.config.floatx():
-        array = tf.cast(array, keras.config.floatx()) if tf.is_tensor(array) else array.astype(keras.config.floatx())
-    return array
-
-
 def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
     n = tf.nest.flatten(arrays)[0].shape[0]
     per_pass = math.ceil(n / batch_size)
@@ -220,9 +204,12 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, traini
     if size == 0:
         raise ValueError(f"`{name}` is an empty data set. Pass at least one batch.")
     unseeded = _unseeded(dataset)
+    own = dataset if _reshuffles(dataset) else None
     if steps is not None and training:
         endless = dataset.repeat()
-        return Batches(name, lambda epoch, batch: endless.skip(epoch * steps + batch), steps, True, unseeded=unseeded)
+        return Batches(
+            name, lambda epoch, batch: endless.skip(epoch * steps + batch), steps, True, unseeded=unseeded, dataset=own
+        )
     if steps is None and size == tf.data.INFINITE_CARDINALITY:
         argument = "steps_per_epoch" if name == "x" else "validation_steps"
         raise ValueError(f"`{name}` is an endless data set: say with `{argument}` how many batches an epoch has.")
@@ -231,12 +218,8 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, traini
         begun = dataset if steps is None else dataset.take(steps)
         return begun.skip(batch) if batch else begun
 
-    def advance(epochs: int) -> None:
-        for _ in range(epochs):  # it draws the next order when an iterator is made, though nobody reads it
-            iter(dataset)
-
     known = steps or (size if size > 0 else None)
-    return Batches(name, start, known, False, unseeded=unseeded, advance=advance)
+    return Batches(name, start, known, False, unseeded=unseeded, dataset=own)
 
 
 def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None, training: bool) -> Batches:
@@ -273,6 +256,25 @@ def _unseeded(dataset: tf.data.Dataset) -> str:
     function = getattr(getattr(dataset, "_map_func", None), "function", None)
     operations = random_operations(function.graph) if function is not None else []
     return f"{operations[0]} in `{kind.lower()}`" if operations else ""
+
+
+def _reshuffles(dataset: tf.data.Dataset) -> bool:
+    """Whether it may give another order each time that it is begun."""
+    is_shuffle = bool(getattr(dataset, "_reshuffle_each_iteration", False))
+    return is_shuffle or _has_datasets_within(dataset) or any(map(_reshuffles, dataset._inputs()))
+
+
+def _draws_when_begun(dataset: tf.data.Dataset) -> bool:
+    """Whether it draws its order when an iterator is made, though nobody reads it; else some of it as it is read."""
+    if _has_datasets_within(dataset) or type(dataset).__name__ == "_RepeatDataset" or len(dataset._inputs()) > 1:
+        return not _reshuffles(dataset)
+    return all(map(_draws_when_begun, dataset._inputs()))
+
+
+def _has_datasets_within(dataset: tf.data.Dataset) -> bool:
+    """Whether its function gives data sets that were made outside of it."""
+    function = getattr(getattr(dataset, "_map_func", None), "function", None)
+    return function is not None and any(tensor.dtype == tf.variant for tensor in function.captured_inputs)
 
 
 def random_operations(graph: tf.Graph) -> list[str]:

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.data import split
+from looplab.arrays import split
 
 # Where Keras has its data sets: the host that it fetches each from, and the name under which it caches it.
 _KERAS = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,11 +14,12 @@ import tensorflow as tf
 from looplab import data
 from looplab.callbacks import hooked_to_batches
 from looplab.guard import Fault
-from looplab.log import Logs
 from looplab.loop import CallLogs, Loop, Pace
 from looplab.metrics import Means, named_result
 from looplab.steps import LEARNING_RATE
-from looplab.tracking import of_each_replica, to_numpy
+from looplab.tracing import Traces
+from looplab.tracking import to_numpy
+from looplab.warn import warn
 
 
 @dataclasses.dataclass
@@ -35,130 +34,17 @@ class Progress:
     """Of what the steps returned."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Traced:
-    """A trace, and what it holds fast."""
-
-    key: Any
-    element_spec: Any
-    call: Any
-    trained: list[Any]
-
-
-class Epochs(Logs):
-    """Traces steps, and runs them over data."""
+class Epochs(Traces):
+    """Runs steps over data."""
 
     def __init__(self, *arguments: Any, steps_per_execution: int | str, jit_compile: bool, run_eagerly: bool):
-        super().__init__(*arguments)
+        super().__init__(*arguments, jit_compile=jit_compile, run_eagerly=run_eagerly)
         self.steps_per_execution = steps_per_execution
-        self.jit_compile = jit_compile
-        self.run_eagerly = run_eagerly
         self.stop_training = False
         self.steps = 0
         self.skip_nonfinite = 0
         self.skipped_steps = 0
         self._test_steps = 0
-        self._traced: list[_Traced] = []
-        self._signatures: dict[str, list[Any]] = {"train": [], "test": [], "predict": []}
-        self._stray_variables = _Hidden([])
-        self._stop = _Hidden(tf.Variable(False, trainable=False, name="stop"))
-
-    # Traces.
-
-    def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
-        """The loop of a kind of step, "train" or "test", for data of this signature; all variables are made then."""
-
-        def make() -> Loop:
-            step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
-            if kind == "train":
-                self._stray_variables = _Hidden([])
-            metrics = None
-            while metrics != self.metrics:  # those that a trace makes are seen by the next alone
-                metrics = self.metrics
-                with self._recording():
-                    loop = Loop(
-                        step,
-                        element_spec,
-                        self._image_every[kind],
-                        self.strategy,
-                        self._untrained if kind == "train" else list,
-                        self._guard.forget,
-                        self._stop.value,
-                        self.jit_compile,
-                        eagerly,
-                    )
-            if kind == "train":
-                self._find_strays(loop)
-            return loop
-
-        return self._traced_once(kind, (self.jit_compile, eagerly), element_spec, make)
-
-    def _predictor(self, element_spec: Any) -> Callable[[Any], Any]:
-        """The prediction step for data of this signature, traced, so that all variables are made."""
-
-        def one_batch(batch):
-            return self.strategy.run(self._predict, (batch,))
-
-        def make() -> Callable[[Any], Any]:
-            if self.run_eagerly:
-                return one_batch
-            return tf.function(one_batch, jit_compile=self.jit_compile or None).get_concrete_function(element_spec)
-
-        return self._traced_once("predict", (self.jit_compile, self.run_eagerly), element_spec, make)
-
-    def _traced_once(self, kind: str, options: Any, element_spec: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns: made anew for other options or data, or when what it holds fast was exchanged."""
-        trained = [*map(id, self._trained())]
-        self._traced = [known for known in self._traced if [*map(id, known.trained)] == trained]
-        for known in self._traced:
-            if known.key == (kind, options) and known.element_spec == element_spec:
-                return known.call
-        self._warn_of_retraces(kind, element_spec)
-        call = make()
-        self._traced.append(_Traced((kind, options), element_spec, call, self._trained()))
-        return call
-
-    def _find_strays(self, loop: Loop) -> None:
-        """Finds what a training step changes and the trainer does not hold.
-
-        That of Keras's own seeds, which a bare `keras.random.normal(shape)` draws from, can be saved; that of
-        TensorFlow's stateful random operations cannot.
-        """
-        if self.strategy.num_replicas_in_sync > 1:
-            return  # there the graph has other variables, the replicas' own
-        internal = {id(variable) for variable in (*self._guard.variables, *self._batch_metrics.variables)}
-        self._stray_variables = _Hidden([v for v in loop.variables if not v.trainable and id(v) not in internal])
-        if self.log_dir is not None and loop.graph is not None and (found := data.random_operations(loop.graph)):
-            self._doubts.setdefault(
-                f"`train_step` has random numbers that no checkpoint can bring back ({', '.join(found)}): after a "
-                f"resume they are others. Use `keras.random` with `seed=self.seed_generator`, or a layer's own "
-                f"`keras.random.SeedGenerator`.",
-                False,
-            )
-
-    def _strays(self) -> list[tf.Variable]:
-        known = {id(variable) for optimizer in self.optimizers.values() for variable in _values(optimizer.variables)}
-        return [v for v in self._stray_variables.value if id(v) not in known]
-
-    def _warn_of_retraces(self, kind: str, element_spec: Any) -> None:
-        """Once, at the third trace: a step is traced for the training's data, and it may be for one other."""
-        seen = self._signatures[kind]
-        if element_spec not in seen:
-            seen.append(element_spec)
-        if len(seen) == 3:
-            changes = data.changes(seen[-2], element_spec)
-            warnings.warn(
-                f"`{kind}_step` is traced for the third time, which takes seconds each time: {changes}. Give all "
-                f"batches the same dtypes and shapes, with None where they differ: `drop_remainder=False` leaves "
-                f"it, and `padded_batch` brings rows of several lengths to one.",
-                stacklevel=4,
-            )
-
-    def _trained(self) -> list[Any]:
-        """What a trace holds fast, and a user may exchange between two calls of `fit`."""
-        return [*self.trainable_variables, *self.optimizers.values()]
-
-    # Passes.
 
     def _run(
         self,
@@ -209,7 +95,7 @@ class Epochs(Logs):
                 raise self._fault(kind, batches.name, progress, logs)
             progress.ended = logs.done < asked and not bool(logs.batch.has_value())
             if progress.ended and batches.steps is not None:
-                warnings.warn(f"The data ended after {progress.done} of {batches.steps} batches.", stacklevel=3)
+                warn(f"The data ended after {progress.done} of {batches.steps} batches.")
             most = between(progress.done)
             if kind == "train" and self.stop_training:
                 break
@@ -222,7 +108,7 @@ class Epochs(Logs):
         for doubt, told in self._doubts.items():
             if not told:
                 self._doubts[doubt] = True
-                warnings.warn(doubt, stacklevel=5)
+                warn(doubt)
 
     def _count(self, kind: str, loop: Loop, progress: Progress, logs: CallLogs, folder: str | None, began: float):
         """Enters what a graph call told into the means, the counters, and the event files."""
@@ -290,15 +176,9 @@ class Epochs(Logs):
         with self._undisturbed():
             self._reset_metrics()
             callbacks.on_test_begin()
-            logs = self._run("test", loop, iter(batches.start(0)), batches, Progress(), callbacks, folder, between)
+            logs = self._run("test", loop, batches.iterate(0), batches, Progress(), callbacks, folder, between)
             callbacks.on_test_end(logs)
         return logs
-
-    def _untrained(self) -> list[Any]:
-        """Each variable that no optimizer changes: metrics, seeds, moving means; of several replicas, each one's."""
-        trained = {id(variable) for variable in self.trainable_variables}
-        whole = (variable for variable in self._state() if id(variable) not in trained)
-        return [part for variable in whole for part in of_each_replica(variable).values()]
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -317,17 +197,6 @@ class Epochs(Logs):
     def _gathered(self, value: Any) -> Any:
         """All replicas' rows, in order."""
         return joined(*self.strategy.experimental_local_results(value))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Hidden:
-    """Keeps what an attribute leads to from being found as the trainer's own."""
-
-    value: Any
-
-
-def _values(variables: list[Any]) -> list[tf.Variable]:
-    return [variable.value if isinstance(variable, keras.Variable) else variable for variable in variables]
 
 
 def joined(*parts: Any) -> Any:

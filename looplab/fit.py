@@ -38,14 +38,15 @@ class Fit:
     epochs: int
     checkpoints: Checkpoints | None
     """None where nothing is saved."""
-    settings: Checkpoint
     saved: Saved | None
     """Where to go on."""
 
     def __post_init__(self) -> None:
+        self._settings = self.trainer.checkpoint or Checkpoint()
         self._epoch = self.first_epoch
         self._in_epoch = False
         self._progress = Progress()
+        self._begun = self.train.begun  # how often the data was, where the epoch is gone on with
         self._logs: dict[str, float] = {}
         self._began = False  # whether there is something new to save
         self._at_first: list[dict[str, Any]] = []  # the attributes of callbacks, before and after they began
@@ -71,7 +72,8 @@ class Fit:
                     self.callbacks.on_epoch_begin(self._epoch)
                     self._in_epoch, self._progress = True, Progress()
                 if iterator is None or not self.train.continues:
-                    iterator = iter(self.train.start(trainer.epochs, self._progress.done))
+                    self._begun = self.train.begun
+                    iterator = self.train.iterate(trainer.epochs, self._progress.done)
                 self._finish_epoch(iterator)
             if self.checkpoints is not None:
                 self._save()
@@ -90,16 +92,18 @@ class Fit:
         if self.validation is not None:
             names += [f"val_{name}" for name in trainer._prepared("test", self.validation.element_spec, eagerly).names]
         trainer._check_targets(self.train, self.validation)
-        monitor = self.settings.monitor
+        monitor = self._settings.monitor
         if self.checkpoints is not None and monitor is not None:
             if not eagerly and monitor not in names:
                 near = difflib.get_close_matches(monitor, names, 1) or names
                 raise ValueError(f"`monitor` must be in the logs of an epoch; {monitor!r} came. There is {near[0]!r}.")
-            self.checkpoints.prefer(lower_is_better(monitor, self.settings.mode, trainer.metrics))
+            self.checkpoints.prefer(lower_is_better(monitor, self._settings.mode, trainer.metrics))
         if self.saved is not None:
             variables = trainer._all_state()
             self._state = self.saved.load(resume.most_bytes(variables))
             resume.check(variables, self._state["variables"], self.saved.path)
+            if self._state["epoch"] < self.epochs:
+                self.train.advance(self._state["begun"])
 
     def _finish_epoch(self, iterator: Any) -> None:
         """Trains to the end of the epoch, and validates."""
@@ -123,6 +127,7 @@ class Fit:
         self._before_validation = None
         self.callbacks.on_epoch_end(self._epoch, self._logs)
         self._epoch, self._in_epoch, self._progress = self._epoch + 1, False, Progress()
+        self._begun = self._begun if self.train.continues else self.train.begun
         if self.checkpoints is not None and self.checkpoints.due_after_epoch(trainer.epochs):
             self._save()
         self._interrupts.check()
@@ -176,7 +181,7 @@ class Fit:
     def _state_now(self) -> dict[str, Any]:
         """All that decides how the training goes on, copied."""
         trainer, progress = self.trainer, self._progress
-        monitored = self._logs.get(self.settings.monitor or "") if not self._in_epoch else None
+        monitored = self._logs.get(self._settings.monitor or "") if not self._in_epoch else None
         return {
             "steps": trainer.steps,
             "epochs": trainer.epochs,
@@ -194,6 +199,7 @@ class Fit:
             "logs": dict(self._logs),
             "monitored": monitored,
             "data": self.train.described,
+            "begun": self._begun,
             "events": trainer._events.sizes(),
             "callbacks": self._callback_states(),
             "variables": resume.values(trainer._all_state()),
@@ -213,8 +219,6 @@ class Fit:
         trainer.skipped_steps, trainer.stop_training = state["skipped_steps"], state["stopped"]
         trainer._finished = state["finished"]
         trainer._events.rewind(state["events"])
-        if state["epoch"] < self.epochs:
-            self.train.advance(state["epoch"] - self.first_epoch)
         self._epoch, self._in_epoch, self._logs = state["epoch"], state["in_epoch"], state["logs"]
         self._progress = Progress(state["batch"], state["ended"])
         self._progress.means.restore(state["means"])

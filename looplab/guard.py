@@ -51,7 +51,9 @@ class Fault(Exception):  # noqa: N818  (`error` makes an error of it)
         where = f"step {step} (batch {self.batch_number} of epoch {epoch})"
         if self.kind != "train":
             where = f"batch {self.batch_number} of an evaluation"
-        told = [f"{name} = {value:.6g}" for name, value in self.losses.items() if not math.isfinite(value)]
+        told = []
+        if self.message != NO_ROWS:
+            told = [f"{name} = {value:.6g}" for name, value in self.losses.items() if not math.isfinite(value)]
         told += [text for name, array in self.batch.items() if (text := _described(name, array))]
         text = f"{self.message}, at {where}. {'; '.join(told)}." if told else f"{self.message}, at {where}."
         text = text[0].upper() + text[1:]

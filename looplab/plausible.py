@@ -21,6 +21,11 @@ _KINDS = {
     "binary_crossentropy": "binary",
     "binary_focal_crossentropy": "binary",
 }
+_POINTWISE = {
+    *("mean_squared_error", "mean_absolute_error", "mean_absolute_percentage_error", "mean_squared_logarithmic_error"),
+    *("huber", "log_cosh", "poisson", "kl_divergence", "hinge", "squared_hinge", "categorical_hinge"),
+    *("binary_crossentropy", "binary_focal_crossentropy"),
+}
 
 
 class Range(NamedTuple):
@@ -46,15 +51,22 @@ def ranges(loss: Any, y: Any, y_pred: Any) -> Iterator[Range]:
     """The range of each target of a cross-entropy.
 
     Raises:
-        ValueError: One-hot targets came to a loss of labels, or the reverse.
+        ValueError: One-hot targets came to a loss of labels, or the reverse; or targets that have not the shape of the
+            outputs, to a loss that compares both number by number.
     """
     for path, function, target, output in _pairs(loss, y, y_pred, ()):
         kind, _ = _kind(function)
-        if kind is None or output.shape.rank is None or target.shape.rank is None:
+        if output.shape.rank is None or target.shape.rank is None:
             continue
-        name = "y" + "".join(f"[{key!r}]" for key in path)
+        name = _named(path)
         classes, of_one_shape = output.shape[-1], target.shape.rank == output.shape.rank
         told = f"`{name}` of shape {target.shape} came, with outputs of shape {output.shape}"
+        if _is_pointwise(function) and not of_one_shape:
+            longer = max(target.shape, output.shape, key=len)
+            if abs(target.shape.rank - output.shape.rank) > 1 or longer[-1] not in (1, None):  # Keras leaves out a 1
+                raise ValueError(f"`loss` compares targets with outputs number by number; {told}. Give both one shape.")
+        if kind is None:
+            continue
         if kind == "sparse" and of_one_shape and classes not in (None, 1) and target.shape[-1] == classes:
             raise ValueError(
                 f"`loss` sparse_categorical_crossentropy takes labels, one whole number for each example; {told}: "
@@ -130,8 +142,13 @@ def _of(name: str) -> str:
 
 def doubts(loss: Any, y: Any, y_pred: Any) -> Iterator[str]:
     """What outputs do not seem to be, by the operation that made them: nothing where that tells nothing."""
-    for _, function, _, output in _pairs(loss, y, y_pred, ()):
+    for path, function, target, output in _pairs(loss, y, y_pred, ()):
         kind, from_logits = _kind(function)
+        if _is_pointwise(function) and _is_repeated(target.shape, output.shape):
+            yield (
+                f"`{_named(path)}` of shape {target.shape} came, with outputs of shape {output.shape}: the loss "
+                f"takes one number for several. Give both one shape."
+            )
         made_by = _made_by(output)
         if kind is not None and from_logits and made_by in _PROBABILITIES:
             yield (
@@ -143,6 +160,11 @@ def doubts(loss: Any, y: Any, y_pred: Any) -> Iterator[str]:
                 f"`loss` takes probabilities, and the outputs are none (by {made_by}): pass from_logits=True, or let "
                 f"the model end with a softmax or sigmoid."
             )
+
+
+def _named(path: tuple[Any, ...]) -> str:
+    """What an error calls the targets that these keys lead to."""
+    return "y" + "".join(f"[{key!r}]" for key in path)
 
 
 def bounded(loss: Any, y_pred: Any) -> bool:
@@ -190,6 +212,21 @@ def _pairs(loss: Any, y: Any, y_pred: Any, path: tuple[Any, ...]) -> Iterator[tu
             yield from _pairs(inner, y[key], y_pred[key], (*path, key))
         except (KeyError, IndexError, TypeError):  # Keras finds it by another way, or tells what does not fit
             continue
+
+
+def _is_repeated(target: tf.TensorShape, output: tf.TensorShape) -> bool:
+    """Whether one of these shapes would be repeated to meet the other."""
+    if target.rank is None or target.rank != output.rank:
+        return False
+    return any({1} < {*pair} for pair in zip(target[1:], output[1:], strict=True) if None not in pair)
+
+
+def _is_pointwise(loss: Any) -> bool:
+    """Whether it is a loss of Keras's that compares a target with an output of its shape."""
+    loss = keras.losses.get(loss) if isinstance(loss, str) else loss
+    function = getattr(loss, "fn", loss)
+    name = getattr(function, "__name__", "")
+    return name in _POINTWISE and getattr(keras.losses, name, None) is function
 
 
 def _kind(loss: Any) -> tuple[str | None, bool]:

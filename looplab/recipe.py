@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ class UsageError(ValueError):
     """A run cannot begin as asked for."""
 
 
+@checks.named
 @dataclasses.dataclass
 class Recipe:
     """A trainer, and what it is to learn: what a recipe function returns.
@@ -77,3 +80,15 @@ class Recipe:
     def _training_data(self) -> tuple[Any, Any, Any]:
         parts = self.train if isinstance(self.train, tuple) else (self.train,)
         return keras.utils.unpack_x_y_sample_weight(parts)
+
+
+def module_name(recipe: Callable) -> str:
+    """The module as one would run it: under `python -m` it calls itself `__main__`."""
+    spec = getattr(sys.modules.get(recipe.__module__), "__spec__", None)
+    return spec.name if spec else recipe.__module__
+
+
+def defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
+    """What the recipe's own arguments are where none is given."""
+    parameters = inspect.signature(recipe).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import tensorflow as tf
 
 from looplab.plain_files import CheckpointError, Saved, damaged, flatten, plain
 from looplab.tracking import path_of, to_numpy
+from looplab.warn import warn
 
 _KERAS_OWN = ("params", "_model")  # a list of callbacks sets them
 _CHOSEN = "$monitor_op"  # that a callback had chosen it, which is a function
-_COUNTS = ("steps", "epochs", "test_steps", "skipped_steps", "fit", "epoch", "batch")
+_COUNTS = ("steps", "epochs", "test_steps", "skipped_steps", "fit", "epoch", "batch", "begun")
 _KINDS = {
     **dict.fromkeys((*_COUNTS, "seed"), int),
     **dict.fromkeys(("stopped", "in_epoch", "ended"), bool),
@@ -124,11 +124,14 @@ def restore_callbacks(
     """
     known = _by_key(callbacks)
     for keys, text in (
-        (states.keys() - known.keys(), "has the state of {}, which was not passed: it is left out"),
+        (
+            {key for key, kept in states.items() if kept} - known.keys(),
+            "has the state of {}, which was not passed: it is left out",
+        ),
         (known.keys() - states.keys(), "has no state of {}: it begins afresh"),
     ):
         if keys:
-            warnings.warn(f"Checkpoint {checkpoint} {text.format(', '.join(sorted(keys)))}.", stacklevel=4)
+            warn(f"Checkpoint {checkpoint} {text.format(', '.join(sorted(keys)))}.")
     for key, callback in known.items():
         if key not in states:
             continue

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +17,10 @@ import numpy as np
 from looplab import checks, report
 from looplab.callbacks import write_png
 from looplab.checkpoint import Checkpoint
+from looplab.continued import as_before, is_finished
 from looplab.datasets import Data, Unread, read_picture
-from looplab.folder import NOT_ARGUMENTS, RUN_FILES, RunFolder, as_json, environment, read_config
-from looplab.recipe import Recipe, UsageError
-
-_FREE = ("verbose", "plot", "steps_per_execution", "run_eagerly", "checkpoint")  # they change no result
+from looplab.folder import RUN_FILES, RunFolder, read_config
+from looplab.recipe import Recipe, UsageError, defaults, module_name
 
 
 def run(
@@ -56,7 +54,7 @@ def run(
     given = {"seed": seed, "weights": weights, "precision": precision, "log_dir": log_dir}
     options |= {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        options = _as_before(recipe, Path(resume), options)
+        options = as_before(recipe, Path(resume), options)
     arguments = {"seed": 0, "precision": "float32", "weights": None, **options}
     seed, precision, weights = (arguments.pop(name) for name in ("seed", "precision", "weights"))
     folder = RunFolder(resume or arguments.pop("log_dir", None), recipe.__name__)
@@ -64,14 +62,14 @@ def run(
     began = time.time()
     with _precision(precision):
         ready = make(recipe, seed, log_dir=folder.path, **arguments)
-        if resume is not None and _is_finished(ready, folder):
+        if resume is not None and is_finished(ready, folder):
             print(f"looplab: the {ready.epochs} epochs of {folder.path} are done: it is left as it is.", flush=True)
             ready.build(folder.path / "model.weights.h5")
             return ready
         if weights is not None and resume is None:
             ready.build(weights)
         checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
-        config = {**_defaults(recipe), **arguments, "seed": seed, "precision": precision, "weights": weights}
+        config = {**defaults(recipe), **arguments, "seed": seed, "precision": precision, "weights": weights}
         config |= {"epochs": ready.epochs, "batch_size": ready.batch_size}  # where a recipe chose them
         optimizers = {path: optimizer.get_config() for path, optimizer in ready.trainer.optimizers.items()}
         told = {"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config, "optimizers": optimizers}
@@ -129,80 +127,6 @@ def summarize(recipe: Callable[..., Recipe], *, precision: str = "float32", **op
         ready.trainer.summary()
 
 
-def _as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the run in `folder`, with those of `given` that may be others now.
-
-    Raises:
-        UsageError: There is no such run, or `given` contradicts it.
-    """
-    config = read_config(folder / "config.json")
-    name = f"{module_name(recipe)}:{recipe.__name__}"
-    if not config or type(config.get("not_json")) is not list or type(config.get("epochs")) is not int:
-        raise UsageError(f"`resume` {folder} has no run: there is no config.json that can be read.")
-    if config.get("recipe") != name:
-        raise UsageError(f"`resume` {folder} has a run of {config.get('recipe')}; {name} cannot go on with it.")
-    before = {name: value for name, value in config.items() if name not in NOT_ARGUMENTS}
-    for name, value in given.items():
-        _check_as_before(name, as_json(value), before.get(name), folder)
-    for name in config["not_json"]:
-        if name not in given:
-            raise UsageError(f"`resume`: `{name}` was an object, which config.json cannot hold. Pass it again.")
-    versions = config["environment"].get("versions") if type(config.get("environment")) is dict else None
-    if versions != environment(recipe)["versions"]:
-        print(f"looplab: {folder} ran with {versions}: with others it goes on, but not to the same bits.", flush=True)
-    defaults = _defaults(recipe)
-    known = inspect.signature(recipe).parameters
-    for name in ("epochs", "batch_size"):  # which `run` wrote, where the recipe chose them by itself
-        if name not in known:
-            before.pop(name, None)
-    for name, value in before.items():
-        if isinstance(defaults.get(name), Data) and not isinstance(given.get(name), Data):
-            before[name] = type(defaults[name])(**value | given.pop(name, {}))
-        elif name == "checkpoint" and value is not None:
-            try:
-                before[name] = Checkpoint(**value)
-            except (TypeError, ValueError) as error:
-                raise UsageError(f"`resume`: the config.json in {folder} has a `checkpoint` of {value}.") from error
-    return before | given
-
-
-def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:
-    """An argument does not contradict that of the run."""
-    if name in _FREE or (name == "log_dir" and Path(now).resolve() == folder.resolve()):
-        return
-    if name == "weights":
-        raise UsageError("`weights` starts a run afresh, and `resume` goes on with one: give one of them.")
-    if name == "epochs" and now >= before:
-        return
-    if isinstance(now, dict) and isinstance(before, dict):
-        for key in now:
-            if key != "data_dir":
-                _check_as_before(key, now[key], before.get(key), folder)
-    elif now != before:
-        raise UsageError(
-            f"`{name}` is {now}, and the run in {folder} has {before}. Leave it out to go on; to start afresh from its "
-            f"weights, give `weights` and another `log_dir`."
-        )
-
-
-def _is_finished(ready: Recipe, folder: RunFolder) -> bool:
-    """Whether the run did all epochs, and left all that it leaves."""
-    before = read_config(folder.path / "config.json")
-    source = before["data_source"].get("sha256") if type(before.get("data_source")) is dict else None
-    if ready.data is not None and ready.data.sha256 != source:
-        raise UsageError(
-            f"`resume`: the run in {folder.path} learned from data of SHA-256 {source}, and now it has "
-            f"{ready.data.sha256} ({ready.data.source}). Pass the data that it had."
-        )
-    return ready.epochs <= before["epochs"] and (folder.path / "timings.json").exists()
-
-
-def module_name(recipe: Callable) -> str:
-    """The module as one would run it: under `python -m` it calls itself `__main__`."""
-    spec = getattr(sys.modules.get(recipe.__module__), "__spec__", None)
-    return spec.name if spec else recipe.__module__
-
-
 def make(recipe: Callable[..., Recipe], seed: int, **options: Any) -> Recipe:
     """What the recipe function returns."""
     keras.utils.set_random_seed(seed)
@@ -217,7 +141,7 @@ def make(recipe: Callable[..., Recipe], seed: int, **options: Any) -> Recipe:
 
 def _make_unread(recipe: Callable[..., Recipe], seed: int = 0, **options: Any) -> Recipe:
     """The recipe without its data, where that is a `Data`, and without a folder."""
-    arguments = {**_defaults(recipe), **options}
+    arguments = {**defaults(recipe), **options}
     unread = {name: Unread(value.dataset) for name, value in arguments.items() if isinstance(value, Data)}
     return make(recipe, seed, **{**options, **unread, "log_dir": None})
 
@@ -293,12 +217,6 @@ def _check_writable(argument: str, path: Path) -> None:
 def _check_weights(weights: str | Path) -> None:
     if not (Path(weights).is_file() and str(weights).endswith(".weights.h5")):
         raise UsageError(f"`weights` must be a file whose name ends in .weights.h5; {weights} is none.")
-
-
-def _defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
-    """What the recipe's own arguments are where none is given."""
-    parameters = inspect.signature(recipe).parameters
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

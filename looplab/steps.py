@@ -8,7 +8,6 @@ import functools
 import inspect
 import random
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from looplab.loop import StepLogs, examples
 from looplab.losses import Ledger, listening
 from looplab.metrics import BatchMetrics
 from looplab.tracking import Tracked
+from looplab.warn import warn
 
 LEARNING_RATE = "learning_rate"
 LOSS_PART = "loss/"
@@ -157,7 +157,7 @@ class Steps(Tracked):
         optimizer = self.optimizer if optimizer is None else optimizer
         variables = self._watched(tape) if variables is None else list(variables)
         if not variables:
-            warnings.warn(f"{type(self).__name__} has nothing to train: no trainable variables.", stacklevel=2)
+            warn(f"{type(self).__name__} has nothing to train: no trainable variables.")
             return []
         if optimizer is None:
             raise ValueError("There is no optimizer: pass `optimizer` to the trainer or to `minimize`.")

@@ -9,7 +9,6 @@ import os
 import socket
 import struct
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams.api import hparams_pb
 
 from looplab.projector import Embeddings
+from looplab.warn import warn
 
 _FOLDERS = ("train", "validation")
 _count = itertools.count()
@@ -121,9 +121,9 @@ class RunWriter:
             elif file.stat().st_size > sizes[name]:
                 os.truncate(file, sizes[name])
             elif file.stat().st_size < sizes[name]:
-                warnings.warn(f"{file} was longer when it was saved: points are missing.", stacklevel=4)
+                warn(f"{file} was longer when it was saved: points are missing.")
         if missing := [name for name in sizes if not (self._log_dir / name).exists()]:
-            warnings.warn(f"{self._log_dir} lacks {', '.join(missing)}: points are missing.", stacklevel=4)
+            warn(f"{self._log_dir} lacks {', '.join(missing)}: points are missing.")
         self._writers.clear()
 
     def _writer(self, folder: str) -> _Writer:

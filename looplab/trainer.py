@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from looplab import checks, data, plausible
 from looplab import resume as state
+from looplab.arrays import held_out, is_arrays
 from looplab.callbacks import EpochLine, ProgressBar
 from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.epoch import Epochs, joined
@@ -19,6 +20,7 @@ from looplab.fit import Fit, check_resumable
 from looplab.guard import Fault
 from looplab.metrics import lower_is_better
 from looplab.plain_files import Saved
+from looplab.warn import warn
 
 
 class Trainer(Epochs):
@@ -139,20 +141,12 @@ class Trainer(Epochs):
         checks.callbacks(given)
         with self._owning(go_on=resume):
             checkpoints, saved = self._checkpoints(resume)
-            number = len(self._finished)
-            if saved is not None and saved.tree["fit"] > number:
-                return self._left_as_it_is(saved.tree["finished"][number])
-            if saved is not None and saved.tree["fit"] < number:
-                saved = None
-            if saved is not None:
-                self.seed = saved.tree["seed"] if self._given_seed is None else self._given_seed
+            if saved is not None and saved.tree["fit"] > len(self._finished):
+                return self._left_as_it_is(saved.tree["finished"][len(self._finished)])
+            if saved is not None and self._given_seed is None:
+                self.seed = saved.tree["seed"]
             if validation_split and validation_data is None:
-                if not data.is_arrays(x):
-                    raise ValueError(
-                        "`validation_split` splits arrays; of a data set, pass a part as `validation_data`."
-                    )
-                arrays, validation_data = data.split(data.to_arrays("x", x, y, sample_weight), validation_split)
-                x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(arrays)
+                x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
             first = max(self.epochs, initial_epoch)
             train = self._batches(
                 "x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch, training_from=first
@@ -160,7 +154,7 @@ class Trainer(Epochs):
             validation = None
             if validation_data is not None:
                 val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-                size = validation_batch_size or (batch_size if data.is_arrays(val_x) else None)
+                size = validation_batch_size or (batch_size if is_arrays(val_x) else None)
                 validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
             if saved is not None:
                 check_resumable(saved, self._given_seed, train.described)
@@ -177,12 +171,11 @@ class Trainer(Epochs):
                     self,
                     train,
                     validation,
-                    lambda epoch: _due(validation_freq, epoch),
+                    functools.partial(_due, validation_freq),
                     callback_list,
                     initial_epoch,
                     epochs,
                     checkpoints,
-                    self.checkpoint or Checkpoint(),
                     saved,
                 ).run()
             finally:
@@ -235,7 +228,7 @@ class Trainer(Epochs):
 
         step = self._predictor(batches.element_spec)
         outputs: list[Any] = []
-        iterator = iter(batches.start(0))
+        iterator = batches.iterate(0)
         with self._undisturbed():
             callback_list.on_predict_begin()
             while batches.steps is None or len(outputs) < batches.steps:
@@ -327,7 +320,7 @@ class Trainer(Epochs):
         found.clean()
         saved, skipped = found.newest(state.check_structure) if resume else (None, [])
         for reason in skipped:
-            warnings.warn(f"Skipped: {reason}", stacklevel=4)
+            warn(f"Skipped: {reason}")
         if saved is not None:
             self._early.clear()
         elif resume and not self._events.begun:
@@ -336,6 +329,8 @@ class Trainer(Epochs):
         for write in self._early:
             write()
         self._early.clear()
+        if saved is not None and saved.tree["fit"] < len(self._finished):
+            saved = None  # of an earlier `fit` of this trainer
         return (found if self.checkpoint is not None else None), saved
 
     def _left_as_it_is(self, history: dict[str, list[float]]) -> keras.callbacks.History:

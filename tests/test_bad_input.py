@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -512,6 +513,14 @@ ERRORS = {
         ["`y` must be from 0 to 1", "255", "index 0"],
         lambda _: fit(X, 255 * ONE_HOT, loss=categorical()),
     ),
+    **{
+        f"one target for several outputs, {loss}": (
+            ValueError,
+            ["`loss` compares", "`y` of shape (None,) came, with outputs of shape (None, 3)", "one shape"],
+            lambda _, loss=loss: fit(X, LABELS % 2, loss=loss),
+        )
+        for loss in ("mse", "binary_crossentropy", keras.losses.Huber())
+    },
     # Parts of the data.
     "x and y of different length": (
         ValueError,
@@ -788,6 +797,11 @@ ERRORS = {
         ["`Trainer.predict` has no argument `batch`", "did you mean `batch_size`"],
         lambda _: trainer().predict(X, batch=3),
     ),
+    "Checkpoint(evry=…)": (
+        TypeError,
+        ["`Checkpoint` has no argument `evry`", "did you mean `every`"],
+        lambda _: looplab.Checkpoint(evry=3),
+    ),
     # The folder.
     "log_dir that is a file": (
         ValueError,
@@ -988,6 +1002,10 @@ WARNINGS = {
         "outputs are all from 0 to 1, and the targets go beyond.*scale",
         lambda _: reconstruct(lambda images: (batches(images, images),)),
     ),
+    "targets in one column for several outputs": (
+        "`y` of shape \\(None, 1\\) came, with outputs of shape \\(None, 3\\).*one shape",
+        lambda _: fit(X, TARGETS[:, :1], loss="mse"),
+    ),
     "weights without a gradient": ("Gradients do not exist for variables.*dead", lambda _: fit(X, LABELS, unused)),
     "data set that shuffles without a seed, to be saved": (
         "`x` has `shuffle` without a `seed`.*`dataset.shuffle\\(1000, seed=0\\)`",
@@ -1021,8 +1039,11 @@ def resume_without_its_callback(run):
 
 @pytest.mark.parametrize(("told", "call"), WARNINGS.values(), ids=WARNINGS)
 def test_what_may_be_meant_is_a_warning(told, call, tmp_path, saved_run):
-    with pytest.warns(UserWarning, match=f"(?s){told}"):
+    with pytest.warns(UserWarning, match=f"(?s){told}") as warned:
         call(Place(tmp_path, saved_run))
+    matching = [warning for warning in warned if re.search(told, str(warning.message), re.DOTALL)]
+    if not told.startswith("Gradients do not exist"):  # which Keras tells
+        assert matching[0].filename == __file__  # the line that made the mistake, and none of the library
 
 
 SOUND = {
@@ -1041,6 +1062,9 @@ SOUND = {
         PIXELS.astype("float32"), LABELS, lambda: sequential_of_images(layers.Rescaling(1 / 255))
     ),
     "no images": lambda: fit(np.arange(48, dtype="float32").reshape(12, 4) * 5, LABELS),
+    "one target for one output": lambda: fit(
+        X, TARGETS[:, 0], lambda: keras.Sequential([layers.Dense(1)]), loss=keras.losses.MeanSquaredError()
+    ),
     "two outputs": lambda: fit(X, two_targets(LABELS), two_outputs, two_losses()),
     "data set": lambda: trainer().fit(batches(X, LABELS).shuffle(100), verbose=0),  # nothing is saved
     "NaN in targets that have no weight": lambda: fit(X, LABELS, sample_weight=np.zeros(12, "float32")),

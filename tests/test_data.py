@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import looplab
-from looplab import data
+from looplab import arrays, data
 
 N = 10  # examples; in batches of 4 a pass over them has the sizes 4, 4, 2
 ROWS = np.arange(N, dtype="float32")
@@ -206,7 +206,7 @@ def test_class_weight_needs_one_target(y):
 
 @pytest.mark.parametrize(("fraction", "cut"), [(0.1, 9), (0.25, 7), (1 / 3, 6)])
 def test_split_takes_the_last_part(fraction, cut):
-    (x, y), (x_validation, y_validation) = data.split(({"a": ROWS}, ROWS), fraction)
+    (x, y), (x_validation, y_validation) = arrays.split(({"a": ROWS}, ROWS), fraction)
     assert x["a"].tolist() == y.tolist() == ROWS[:cut].tolist()
     assert x_validation["a"].tolist() == y_validation.tolist() == ROWS[cut:].tolist()
 
@@ -214,7 +214,7 @@ def test_split_takes_the_last_part(fraction, cut):
 @pytest.mark.parametrize("fraction", [0.99, 1.5, -0.5])
 def test_split_must_leave_both_parts_an_example(fraction):
     with pytest.raises(ValueError, match=rf"`validation_split={fraction}` of 10 examples leaves"):
-        data.split(ROWS, fraction)
+        arrays.split(ROWS, fraction)
 
 
 def test_validation_split_measures_what_keras_measures(line):

@@ -78,7 +78,9 @@ CASES = {
     "arrays": lambda **o: recipe((X, Y), batch_size=13, **o),
     "callbacks": lambda **o: recipe((X, Y), batch_size=13, callbacks=kept(), optimizer="adam", **o),
     "a data set that shuffles anew each epoch": lambda **o: recipe(batches(), **o),
-    "a data set of unknown length": lambda **o: recipe(batches().filter(lambda x, y: True), **o),
+    "a data set of unknown length that shuffles anew twice each epoch": lambda **o: recipe(
+        batches().unbatch().repeat(2).batch(25).filter(lambda x, y: True), **o
+    ),
     "a function of the epoch": lambda **o: recipe(lambda epoch: batches(False).skip(epoch).concatenate(batches()), **o),
     "an own step": lambda **o: recipe((X, Y), batch_size=13, trainer=WithOwnLoop, steps_per_execution=2, **o),
     "accumulation and averages": lambda **o: recipe(
@@ -170,11 +172,12 @@ def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path):
     def program(log_dir, epochs_of_second):
         keras.utils.clear_session(free_memory=False)
         keras.utils.set_random_seed(0)
-        trainer = recipe((X, Y), log_dir=log_dir, optimizer="adam").trainer
-        first = trainer.fit(X, Y, epochs=2, verbose=0, resume=True).history
+        dataset = batches()  # in the second `fit` its orders go on
+        trainer = recipe(dataset, log_dir=log_dir, optimizer="adam").trainer
+        first = trainer.fit(dataset, epochs=2, verbose=0, resume=True).history
         trainer.model.layers[0].trainable = False
         trainer.optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
-        second = trainer.fit(X, Y, epochs=epochs_of_second, verbose=0, resume=True).history
+        second = trainer.fit(dataset, epochs=epochs_of_second, verbose=0, resume=True).history
         return first, second, trainer.steps, trainer.get_weights()
 
     whole = program(tmp_path / "whole", 4)
@@ -184,6 +187,24 @@ def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path):
     for one, other in zip(parts[3], whole[3], strict=True):
         np.testing.assert_array_equal(one, other)
     assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
+def test_a_data_set_that_cannot_give_its_order_again_is_refused(tmp_path):
+    def fail(epoch):
+        if epoch == 1:
+            raise RuntimeError
+
+    dataset = batches()
+    trainer = recipe(dataset, log_dir=tmp_path, optimizer="adam", checkpoint=looplab.Checkpoint(every=3)).trainer
+    failing = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: fail(epoch))
+    with pytest.raises(RuntimeError):
+        trainer.fit(dataset, epochs=3, verbose=0, callbacks=[failing])
+    weights = trainer.get_weights()
+    with pytest.raises(ValueError, match=r"`x` is a data set that shuffles anew.*Make it anew"):
+        trainer.fit(dataset, epochs=3, verbose=0, resume=True)
+    for one, other in zip(trainer.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(trainer.fit(batches(), epochs=3, verbose=0, resume=True).history["loss"]) == 3
 
 
 def test_what_was_logged_before_fit_is_there_once(tmp_path):

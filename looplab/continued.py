@@ -1,0 +1,83 @@
+"""Going on with a run that ended, by the `config.json` that it left."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from looplab.checkpoint import Checkpoint
+from looplab.datasets import Data
+from looplab.folder import NOT_ARGUMENTS, RunFolder, as_json, environment, read_config
+from looplab.recipe import Recipe, UsageError, defaults, module_name
+
+_FREE = ("verbose", "plot", "steps_per_execution", "run_eagerly", "checkpoint")  # they change no result
+
+
+def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the run in `folder`, with those of `given` that may be others now.
+
+    Raises:
+        UsageError: There is no such run, or `given` contradicts it.
+    """
+    config = read_config(folder / "config.json")
+    name = f"{module_name(recipe)}:{recipe.__name__}"
+    if not config or type(config.get("not_json")) is not list or type(config.get("epochs")) is not int:
+        raise UsageError(f"`resume` {folder} has no run: there is no config.json that can be read.")
+    if config.get("recipe") != name:
+        raise UsageError(f"`resume` {folder} has a run of {config.get('recipe')}; {name} cannot go on with it.")
+    before = {name: value for name, value in config.items() if name not in NOT_ARGUMENTS}
+    for name, value in given.items():
+        _check_as_before(name, as_json(value), before.get(name), folder)
+    for name in config["not_json"]:
+        if name not in given:
+            raise UsageError(f"`resume`: `{name}` was an object, which config.json cannot hold. Pass it again.")
+    versions = config["environment"].get("versions") if type(config.get("environment")) is dict else None
+    if versions != environment(recipe)["versions"]:
+        print(f"looplab: {folder} ran with {versions}: with others it goes on, but not to the same bits.", flush=True)
+    own = defaults(recipe)
+    known = inspect.signature(recipe).parameters
+    for name in ("epochs", "batch_size"):  # which `run` wrote, where the recipe chose them by itself
+        if name not in known:
+            before.pop(name, None)
+    for name, value in before.items():
+        if isinstance(own.get(name), Data) and not isinstance(given.get(name), Data):
+            before[name] = type(own[name])(**value | given.pop(name, {}))
+        elif name == "checkpoint" and value is not None:
+            try:
+                before[name] = Checkpoint(**value)
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"`resume`: the config.json in {folder} has a `checkpoint` of {value}.") from error
+    return before | given
+
+
+def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:
+    """An argument does not contradict that of the run."""
+    if name in _FREE or (name == "log_dir" and Path(now).resolve() == folder.resolve()):
+        return
+    if name == "weights":
+        raise UsageError("`weights` starts a run afresh, and `resume` goes on with one: give one of them.")
+    if name == "epochs" and now >= before:
+        return
+    if isinstance(now, dict) and isinstance(before, dict):
+        for key in now:
+            if key != "data_dir":
+                _check_as_before(key, now[key], before.get(key), folder)
+    elif now != before:
+        raise UsageError(
+            f"`{name}` is {now}, and the run in {folder} has {before}. Leave it out to go on; to start afresh from its "
+            f"weights, give `weights` and another `log_dir`."
+        )
+
+
+def is_finished(ready: Recipe, folder: RunFolder) -> bool:
+    """Whether the run did all epochs, and left all that it leaves."""
+    before = read_config(folder.path / "config.json")
+    source = before["data_source"].get("sha256") if type(before.get("data_source")) is dict else None
+    if ready.data is not None and ready.data.sha256 != source:
+        raise UsageError(
+            f"`resume`: the run in {folder.path} learned from data of SHA-256 {source}, and now it has "
+            f"{ready.data.sha256} ({ready.data.source}). Pass the data that it had."
+        )
+    return ready.epochs <= before["epochs"] and (folder.path / "timings.json").exists()
