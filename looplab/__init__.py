@@ -23,7 +23,7 @@ import pkgutil
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from looplab import _quiet  # noqa: F401, I001  (must come before TensorFlow is imported)
-from looplab import callbacks
+from looplab import callbacks, testing
 from looplab.checkpoint import Checkpoint
 from looplab.command import main
 from looplab.datasets import Data
@@ -31,5 +31,5 @@ from looplab.recipe import Recipe
 from looplab.running import run
 from looplab.trainer import Trainer
 
-__all__ = ["Checkpoint", "Data", "Recipe", "Trainer", "callbacks", "main", "run"]
+__all__ = ["Checkpoint", "Data", "Recipe", "Trainer", "callbacks", "main", "run", "testing"]
 __version__ = "0.1.0"

@@ -31,8 +31,8 @@ class Checkpoint:
     Args:
         every: A whole number of steps, "epoch", or a number with its unit: "500 steps", "2 epochs", "600 seconds".
         keep: How many of the newest stay.
-        monitor: A name in the logs of an epoch, such as "val_loss": the one that is best by it stays too, for
-            `Trainer.restore("best")`. For that, checkpoints must fall on the ends of epochs.
+        monitor: A name in the logs of an epoch, such as "val_loss": an epoch that is better by it than all before is
+            saved too, whatever `every` is, and stays, for `Trainer.restore("best")`.
         mode: Whether the "min" or the "max" of `monitor` is best; "auto" asks the metric of that name.
 
     Raises:
@@ -52,6 +52,8 @@ class Checkpoint:
             raise ValueError(f"`monitor` must be a name in the logs of an epoch, or None; {self.monitor!r} came.")
         if self.mode not in ("auto", "min", "max"):
             raise ValueError(f'`mode` must be "auto", "min" or "max"; {self.mode!r} came.')
+        if self.mode != "auto" and self.monitor is None:
+            raise ValueError(f"`mode` {self.mode!r} came without `monitor`. Name what is to be best.")
 
     @property
     def interval(self) -> tuple[int, str]:
@@ -106,24 +108,33 @@ class Checkpoints:
         """Says that of the monitored values the lower, or else the higher, are better: the best one stays."""
         self._lower_is_better = lower
 
-    def commit(self, steps: int, epochs: int, state: dict[str, Any], durable: Iterable[Path] = ()) -> None:
+    def commit(self, steps: int, epochs: int, state: dict[str, Any], most: int, durable: Iterable[Path] = ()) -> None:
         """Writes a state, in a thread of its own; first waits for the one before, and raises its error.
 
         Args:
             steps, epochs: How many were done; they are the checkpoint's name.
             state: Dicts, lists and tuples of arrays, numbers, strings and None. It must not change any more. Under
                 "monitored" it has the value by which the best one is told, or None.
+            most: How many bytes its arrays may have, to be read again.
             durable: Files that the state speaks of, which are brought to the disk before it.
 
         Raises:
             OSError: The one before could not be written.
             TypeError: The state has something else in it.
+            ValueError: This one or the one before is larger than what would be read.
         """
         path = self.folder / f"step-{steps}-epoch-{epochs}"
         self.wait()
         # Where it is there already, nothing was done since: such as at the beginning of a second `fit`.
         if not path.exists():
             tree, arrays = flatten(state)
+            size = sum(array.nbytes for array in arrays.values())
+            if size > most:
+                largest = max(arrays, key=lambda name: arrays[name].nbytes)
+                raise ValueError(
+                    f"The checkpoint cannot be written: its arrays would have {size} bytes, and {most} are read at "
+                    f"most. The largest is {largest.strip('/')}. Keep fewer numbers in callbacks."
+                )
             self._pending = self._writer.submit(self._write, path, tree, arrays, list(durable))
         self._clock = time.monotonic()
 
@@ -132,6 +143,7 @@ class Checkpoints:
 
         Raises:
             OSError: It could not be written.
+            ValueError: It is larger than what would be read.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -164,18 +176,20 @@ class Checkpoints:
             os.rename(unfinished, path)
             sync(self.folder)
             self._retain()
-        except OSError as error:
+        except Exception as error:
             with contextlib.suppress(OSError):
                 delete(unfinished)
+            if not isinstance(error, OSError):
+                raise
             raise OSError(
                 f"The checkpoint {path} could not be written: {error.strerror or error}. Earlier ones are as they "
                 f"were. Make room or give access, and go on with `resume`."
             ) from error
 
     def _retain(self) -> None:
-        """Removes all but the newest, and the best."""
+        """Removes all but the newest, the best, and the last of each `fit`."""
         paths = self.paths()
-        for path in set(paths[self._keep :]) - {self.best()}:
+        for path in {*paths[self._keep :]} - {self.best(), *self._last_of_fits().values()}:
             self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -196,15 +210,39 @@ class Checkpoints:
         """The whole one with the best monitored value, the newest of equals; None where none has one."""
         if self._lower_is_better is None:
             return None
-        best, best_value = None, math.inf
+        worth = {path: self._worth(path) for path in self.paths()}
+        best = max(worth, key=worth.__getitem__, default=None)
+        return None if best is None or worth[best] == -math.inf else best
+
+    def last_of_fit(self, number: int) -> Saved | None:
+        """The last one of a call of `fit` (from 0) of this run; None where there is none, or it is damaged."""
+        with contextlib.suppress(KeyError, CheckpointError):
+            return Saved(self._last_of_fits()[number])
+        return None
+
+    def _last_of_fits(self) -> dict[Any, Path]:
+        found: dict[Any, Path] = {}
         for path in self.paths():
-            try:
-                value = read_tree(path).get("monitored")
-            except CheckpointError:
-                continue
-            if isinstance(value, float) and (value := value if self._lower_is_better else -value) < best_value:
-                best, best_value = path, value
-        return best
+            with contextlib.suppress(CheckpointError):
+                found.setdefault(read_tree(path).get("fit"), path)
+        return found
+
+    def is_best(self, monitored: float) -> bool:
+        """Whether this monitored value is better than that of each of them."""
+        self.wait()
+        return self._worth_of(monitored) > max(map(self._worth, self.paths()), default=-math.inf)
+
+    def _worth(self, path: Path) -> float:
+        try:
+            return self._worth_of(read_tree(path).get("monitored"))
+        except CheckpointError:
+            return -math.inf
+
+    def _worth_of(self, monitored: Any) -> float:
+        """The higher the better; the least of all where there is no number."""
+        if not isinstance(monitored, float) or math.isnan(monitored):
+            return -math.inf
+        return -monitored if self._lower_is_better else monitored
 
     def newest(self, check: Callable[[Saved], None] = lambda saved: None) -> tuple[Saved | None, list[str]]:
         """The newest whole one, or None where there is none; and what is wrong with each newer one, which is skipped.

@@ -50,8 +50,8 @@ def no_other_run(log_dir: Path) -> None:
         raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file.")
     if _holds_run(log_dir):
         raise ValueError(
-            f"`log_dir` {log_dir} holds the run of another trainer. Go on with it by `fit(..., resume=True)`, pass a "
-            f"new folder, or remove this one."
+            f"`log_dir` {log_dir} holds the run of another trainer. Go on with it by `fit(..., resume=True)`, or by "
+            f"--resume on a recipe's command line; else pass a new folder, or remove this one."
         )
 
 
@@ -66,6 +66,12 @@ def resume(value: Any, log_dir: Path | None) -> None:
         raise TypeError(f"`resume` must be True or False; {value!r} came. The folder is the trainer's `log_dir`.")
     if value and log_dir is None:
         raise ValueError("`resume` needs the trainer's `log_dir`: there the run was saved.")
+
+
+def skip_nonfinite(value: Any) -> None:
+    """It is a whole number from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"`skip_nonfinite` must be a whole number of at least 0; {value!r} came.")
 
 
 def checkpoint(value: Any, kind: type) -> None:
@@ -176,12 +182,14 @@ def misfit(x: Any, error: ValueError) -> ValueError:
     reason = next((line for line in reversed(str(error).splitlines()) if "expected" in line or "Error" in line), "")
     told = reason.strip() or str(error).strip()
     return ValueError(
-        f"`x` of {shapes} does not fit the model: {told}. Bring it to that shape, or build the model for it."
+        f"`x` of {shapes} does not fit the model: {told}. Bring it to that shape, or build the model for it; a data "
+        f"set must give batches, as `dataset.batch(32)` makes them."
     )
 
 
-def targets(y: Any, loss_name: str) -> None:
+def targets(y: Any, loss_name: Any) -> None:
     """There are targets where a loss needs them."""
+    loss_name = loss_name if isinstance(loss_name, str) else getattr(loss_name, "name", "")
     if y is None:
         raise ValueError(
             f"`loss` {loss_name} needs targets, and the data has no y. Pass y, or let the data set's elements be "

@@ -56,6 +56,8 @@ def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:
     """An argument does not contradict that of the run."""
     if name in _FREE or (name == "log_dir" and Path(now).resolve() == folder.resolve()):
         return
+    if name == "log_dir":
+        raise UsageError(f"`log_dir` {now} came with `resume` {folder}, which is where the run goes on. Leave it out.")
     if name == "weights":
         raise UsageError("`weights` starts a run afresh, and `resume` goes on with one: give one of them.")
     if name == "epochs" and now >= before:

@@ -22,6 +22,8 @@ _UNSAVED_RANDOM = {
     *("RandomShuffle", "RandomGamma", "RandomPoisson", "RandomPoissonV2", "Multinomial"),
     *("SampleDistortedBoundingBox", "SampleDistortedBoundingBoxV2", "RandomCrop"),
 }
+# Within a data set, a generator that counts for itself is no variable of the trainer's.
+_COUNTING = {"RngReadAndSkip", "RngSkip", "AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
 _BUFFER = 4  # batches that are made ready while the graph computes
 
 
@@ -250,12 +252,18 @@ def _unseeded(dataset: tf.data.Dataset) -> str:
         if found := _unseeded(inner):
             return found
     seeds = getattr(dataset, "_seed", None), getattr(dataset, "_seed2", None)
-    kind = type(dataset).__name__.strip("_").removesuffix("Dataset")
+    kind = type(dataset).__name__.strip("_").removesuffix("Dataset").lower()
     if all(seed is not None and int(seed) == 0 for seed in seeds):
-        return f"`{kind.lower()}` without a `seed`"
+        return f"`{kind}` without a `seed`"
     function = getattr(getattr(dataset, "_map_func", None), "function", None)
-    operations = random_operations(function.graph) if function is not None else []
-    return f"{operations[0]} in `{kind.lower()}`" if operations else ""
+    if function is None:
+        return ""
+    graph = function.graph
+    shuffles = [o for o in graph.get_operations() if o.type.startswith("ShuffleDataset")]
+    if any(tf.get_static_value(seed) == 0 for o in shuffles for seed in o.inputs[2:3]):
+        return f"`shuffle` without a `seed` in `{kind}`"
+    counting = [o.type for o in graph.get_operations() if o.type in _COUNTING]
+    return next((f"{operation} in `{kind}`" for operation in [*random_operations(graph), *counting]), "")
 
 
 def _reshuffles(dataset: tf.data.Dataset) -> bool:
@@ -295,6 +303,12 @@ def _check_signature(name: str, dataset: tf.data.Dataset) -> None:
 
 def _class_weighting(class_weight: dict[int, float]) -> Callable:
     """A map over batches that multiplies sample weights by the weight of each target's class, 1 where it has none."""
+    if any(isinstance(key, bool) or not hasattr(key, "__index__") or key < 0 for key in class_weight):
+        raise ValueError(
+            f"`class_weight` must have the classes as its keys, whole numbers from 0 on; {class_weight} came."
+        )
+    if not all(0 <= weight < math.inf for weight in class_weight.values()):
+        raise ValueError(f"`class_weight` must have weights of at least 0; {class_weight} came.")
     table = np.ones(max(class_weight) + 1, keras.config.floatx())
     table[list(class_weight)] = list(class_weight.values())
 
@@ -302,6 +316,8 @@ def _class_weighting(class_weight: dict[int, float]) -> Callable:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         if not isinstance(y, tf.Tensor):
             raise ValueError("`class_weight` needs one target for each example: y came with a structure or not at all.")
+        if y.shape.rank is not None and y.shape.rank > 2:
+            raise ValueError(f"`class_weight` needs one target for each example; y of shape {y.shape} came.")
         labels = tf.argmax(y, -1) if y.shape.rank > 1 and y.shape[-1] != 1 else tf.reshape(tf.cast(y, tf.int64), [-1])
         known = tf.minimum(labels, len(table) - 1)
         weight = tf.where(labels < len(table), tf.gather(table, known), 1)

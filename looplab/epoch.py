@@ -65,7 +65,7 @@ class Epochs(Traces):
         """
         hooks = hooked_to_batches(callbacks.callbacks, kind)
         pace = Pace(self._pace(hooks))
-        in_a_row = 0
+        in_a_row = skipped = 0
         most = between(progress.done)
         while not progress.ended and (batches.steps is None or progress.done < batches.steps):
             done = progress.done
@@ -93,12 +93,15 @@ class Epochs(Traces):
                 self._replay(kind, hooks, told, done, begin=asked > 1)
             if stopped:
                 raise self._fault(kind, batches.name, progress, logs)
+            skipped += int((~clean).sum())
             progress.ended = logs.done < asked and not bool(logs.batch.has_value())
             if progress.ended and batches.steps is not None:
                 warn(f"The data ended after {progress.done} of {batches.steps} batches.")
             most = between(progress.done)
             if kind == "train" and self.stop_training:
                 break
+        if skipped:
+            warn(f"{skipped} of {progress.done} steps were passed over: their loss or gradients were not finite.")
         if not progress.done:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
         return self._results(kind, progress.means)

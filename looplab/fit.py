@@ -19,6 +19,8 @@ from looplab.guard import Fault
 from looplab.interrupts import Interrupted, Interrupts
 from looplab.metrics import lower_is_better
 from looplab.plain_files import CheckpointError, Saved
+from looplab.steps import LEARNING_RATE
+from looplab.warn import warn
 
 if TYPE_CHECKING:
     from looplab.trainer import Trainer
@@ -40,6 +42,8 @@ class Fit:
     """None where nothing is saved."""
     saved: Saved | None
     """Where to go on."""
+    again: bool = False
+    """Whether it was finished before: all is brought to where it ended, and nothing is written."""
 
     def __post_init__(self) -> None:
         self._settings = self.trainer.checkpoint or Checkpoint()
@@ -66,7 +70,7 @@ class Fit:
                 self._go_on(self.saved)
             self._began = True
             iterator = None
-            while self._epoch < self.epochs and not trainer.stop_training:
+            while self._epoch < self.epochs and not trainer.stop_training and not self.again:
                 if not self._in_epoch:
                     trainer._reset_metrics()
                     self.callbacks.on_epoch_begin(self._epoch)
@@ -86,24 +90,52 @@ class Fit:
     def _prepare(self) -> None:
         """Traces all steps, so that all variables are there, and tells what does not fit before one is changed."""
         trainer = self.trainer
-        # To go on, variables must be there before a step has run, which Python alone does not make.
-        eagerly = trainer.run_eagerly and self.saved is None
-        names = list(trainer._prepared("train", self.train.element_spec, eagerly).names)
-        if self.validation is not None:
-            names += [f"val_{name}" for name in trainer._prepared("test", self.validation.element_spec, eagerly).names]
+        with self._able_to_trace() as eagerly:
+            names = list(trainer._prepared("train", self.train.element_spec, eagerly).names)
+            if self.validation is not None:
+                test = trainer._prepared("test", self.validation.element_spec, eagerly)
+                names += [f"val_{name}" for name in test.names]
         trainer._check_targets(self.train, self.validation)
         monitor = self._settings.monitor
         if self.checkpoints is not None and monitor is not None:
             if not eagerly and monitor not in names:
-                near = difflib.get_close_matches(monitor, names, 1) or names
-                raise ValueError(f"`monitor` must be in the logs of an epoch; {monitor!r} came. There is {near[0]!r}.")
+                near = difflib.get_close_matches(monitor, names, 1) or [n for n in names if n != LEARNING_RATE]
+                raise ValueError(
+                    f"`monitor` must be in the logs of an epoch; {monitor!r} came. There is {', '.join(map(repr, near))}."
+                )
             self.checkpoints.prefer(lower_is_better(monitor, self._settings.mode, trainer.metrics))
         if self.saved is not None:
             variables = trainer._all_state()
             self._state = self.saved.load(resume.most_bytes(variables))
             resume.check(variables, self._state["variables"], self.saved.path)
-            if self._state["epoch"] < self.epochs:
-                self.train.advance(self._state["begun"])
+            if self._state["epoch"] < self.epochs and not self.again:
+                self._advance_data(*self._state["begun"])
+
+    def _advance_data(self, train: int, validation: int) -> None:
+        """Brings data sets that shuffle anew to the orders that they had."""
+        self.train.advance(train)
+        if self.validation is not None and self.validation.dataset is not self.train.dataset:
+            self.validation.advance(validation)
+
+    @contextlib.contextmanager
+    def _able_to_trace(self) -> Iterator[bool]:
+        """Tells whether the steps are only gone through by Python.
+
+        To go on, variables must be there before a step has run: so it is traced even then, and not told to be eager.
+        """
+        trainer, run_eagerly = self.trainer, self.trainer.run_eagerly
+        trainer.run_eagerly = run_eagerly and self.saved is None
+        try:
+            yield trainer.run_eagerly
+        except Exception as error:
+            if run_eagerly and self.saved is not None:
+                raise ValueError(
+                    f"`run_eagerly` with `resume`: a step is traced once before, so that its variables are there, and "
+                    f"{type(error).__name__} came. Put what looks at values under `if self.run_eagerly:`."
+                ) from error
+            raise
+        finally:
+            trainer.run_eagerly = run_eagerly
 
     def _finish_epoch(self, iterator: Any) -> None:
         """Trains to the end of the epoch, and validates."""
@@ -128,9 +160,14 @@ class Fit:
         self.callbacks.on_epoch_end(self._epoch, self._logs)
         self._epoch, self._in_epoch, self._progress = self._epoch + 1, False, Progress()
         self._begun = self._begun if self.train.continues else self.train.begun
-        if self.checkpoints is not None and self.checkpoints.due_after_epoch(trainer.epochs):
+        if self.checkpoints is not None and (self.checkpoints.due_after_epoch(trainer.epochs) or self._is_best()):
             self._save()
         self._interrupts.check()
+
+    def _is_best(self) -> bool:
+        """Whether the epoch that ended is the best by what is monitored."""
+        monitored = self._logs.get(self._settings.monitor or "")
+        return self.checkpoints is not None and monitored is not None and self.checkpoints.is_best(monitored)
 
     def _between_calls(self, done: int) -> int | None:
         """Saves where that is due, and returns how many steps are left until it is again."""
@@ -158,14 +195,15 @@ class Fit:
                 self._save()
             assert checkpoints is not None
             checkpoints.wait()
+            steps = self.saved.tree["steps"] if self.saved is not None and not self._began else trainer.steps
             print(
-                f"looplab: {interrupted.received.name}: {trainer.steps} steps are saved in {trainer.log_dir}. "
+                f"looplab: {interrupted.received.name}: {steps} steps are saved in {trainer.log_dir}. "
                 f"To go on: `fit(..., resume=True)`, or --resume {trainer.log_dir} on a recipe's command line.",
                 file=sys.stderr,
             )
             raise
         except Fault as fault:
-            if checkpoints is not None and fault.nothing_changed:
+            if checkpoints is not None:
                 self._save()
                 checkpoints.wait()
             raise fault.error(trainer.steps + 1, self._epoch + 1, trainer.log_dir) from None
@@ -176,7 +214,8 @@ class Fit:
     def _save(self) -> None:
         assert self.checkpoints is not None
         state = self._before_validation or self._state_now()
-        self.checkpoints.commit(state["steps"], state["epochs"], state, self.trainer._events.files())
+        most = resume.most_bytes(self.trainer._all_state())
+        self.checkpoints.commit(state["steps"], state["epochs"], state, most, self.trainer._events.files())
 
     def _state_now(self) -> dict[str, Any]:
         """All that decides how the training goes on, copied."""
@@ -199,7 +238,8 @@ class Fit:
             "logs": dict(self._logs),
             "monitored": monitored,
             "data": self.train.described,
-            "begun": self._begun,
+            "made_with": trainer._made_with,
+            "begun": [self._begun, 0 if self.validation is None else self.validation.begun],
             "events": trainer._events.sizes(),
             "callbacks": self._callback_states(),
             "variables": resume.values(trainer._all_state()),
@@ -218,7 +258,8 @@ class Fit:
         trainer.steps, trainer.epochs, trainer._test_steps = state["steps"], state["epochs"], state["test_steps"]
         trainer.skipped_steps, trainer.stop_training = state["skipped_steps"], state["stopped"]
         trainer._finished = state["finished"]
-        trainer._events.rewind(state["events"])
+        if not self.again:
+            trainer._events.rewind(state["events"])
         self._epoch, self._in_epoch, self._logs = state["epoch"], state["in_epoch"], state["logs"]
         self._progress = Progress(state["batch"], state["ended"])
         self._progress.means.restore(state["means"])
@@ -226,8 +267,10 @@ class Fit:
             self.checkpoints.drop_newer(saved.path)
 
 
-def check_resumable(saved: Saved, seed: int | None, described: dict[str, Any]) -> None:
-    """What was saved is of the same seed and data.
+def check_resumable(
+    saved: Saved, seed: int | None, described: dict[str, Any], made_with: dict[str, dict[str, str]]
+) -> None:
+    """What was saved is of the same seed and data, and warns where it is of another loss or optimizer.
 
     Raises:
         CheckpointError: It is not.
@@ -241,6 +284,11 @@ def check_resumable(saved: Saved, seed: int | None, described: dict[str, Any]) -
                 f"`resume`: the run in {saved.path.parent.parent} has {name} {before}, and now it is {now}. Pass what "
                 f"it was, or start another run in another `log_dir`."
             )
+    for name, now in made_with.items():
+        before = saved.tree["made_with"].get(name) or {}
+        for setting in {**before, **now}:
+            if (was := before.get(setting)) != (is_now := now.get(setting)):
+                warn(f"`resume`: {setting} of `{name}` was {was}, and now it is {is_now}. What was saved goes on so.")
 
 
 def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:

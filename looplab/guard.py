@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,10 @@ import tensorflow as tf
 
 from looplab.tracking import path_of
 
-_ALREADY = "has updated the weights by itself"
+_READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape")
 _LARGE = 2**14  # numbers
 NO_ROWS = "the batch has no rows: filter empty ones out"
-_ADVICE = (
-    "Often a smaller learning rate, or `global_clipnorm` of the optimizer, helps; `trainer.skip_nonfinite = n` passes "
-    "over up to n such steps in a row."
-)
+_ADVICE = "Often a smaller learning rate, or `global_clipnorm` of the optimizer, helps"
 
 
 class Fault(Exception):  # noqa: N818  (`error` makes an error of it)
@@ -41,11 +38,6 @@ class Fault(Exception):  # noqa: N818  (`error` makes an error of it)
         self.code, self.message, self.kind, self.batch_number = code, message, kind, batch_number
         self.batch, self.losses = _arrays(batch), losses
 
-    @property
-    def nothing_changed(self) -> bool:
-        """Whether all is as it was before the step."""
-        return _ALREADY not in self.message
-
     def error(self, step: int, epoch: int, log_dir: Path | None) -> Exception:
         """What to raise; the batch is written to `log_dir/nonfinite`."""
         where = f"step {step} (batch {self.batch_number} of epoch {epoch})"
@@ -57,21 +49,19 @@ class Fault(Exception):  # noqa: N818  (`error` makes an error of it)
         told += [text for name, array in self.batch.items() if (text := _described(name, array))]
         text = f"{self.message}, at {where}. {'; '.join(told)}." if told else f"{self.message}, at {where}."
         text = text[0].upper() + text[1:]
-        if self.code < 0 and self.nothing_changed:
+        if self.code < 0:
             return ValueError(f"{text} Nothing was learned from that batch.")
-        kept = (
-            "The weights were changed by it: go back to a checkpoint."
-            if not self.nothing_changed
-            else ("The update was not made.")
-        )
+        kept = "The update was not made."
+        advice = "Remove or replace such rows" if "itself is not finite" in text else _ADVICE
+        advice += "; `trainer.skip_nonfinite = n` passes over up to n such steps in a row."
         if log_dir is None:
-            return FloatingPointError(f"{text} {kept} {_ADVICE}")
+            return FloatingPointError(f"{text} {kept} {advice}")
         file = log_dir / "nonfinite" / f"step-{step}.npz"
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, **self.batch)  # type: ignore[arg-type]
         return FloatingPointError(
             f"{text} {kept} The batch is in {file}; a trainer with `run_eagerly=True` goes through it again, line by "
-            f"line, with `fit(..., resume=True)`. {_ADVICE}"
+            f"line, with `fit(..., resume=True)`. {advice}"
         )
 
 
@@ -88,6 +78,10 @@ class Guard:
         self._fault = tf.Variable(0, trainable=False, name="fault", **on_read)
         self._messages = [""]  # by code
         self._reported: dict[int, bool] = {}  # by thread, which is a replica: whether the traced step reports anything
+        self._guarded: list[
+            list[tf.Operation]
+        ] = []  # of the traced step, by `apply`: what changes nothing where it finds a fault
+        self._is_last = True  # whether nothing was reported after
 
     def fault(self) -> tf.Tensor:
         """int32: 0, or the code of the first fault of the running step on this replica."""
@@ -101,6 +95,7 @@ class Guard:
     def open(self) -> None:
         """A step begins."""
         self._reported[threading.get_ident()] = False
+        self._guarded, self._is_last = [], True
 
     def forget(self) -> None:
         """What was wrong is dealt with: in the next step nothing is, so far."""
@@ -109,6 +104,7 @@ class Guard:
     def report(self, wrong: tf.Tensor, messages: Sequence[str], skippable: bool = False) -> None:
         """Tells whether something is wrong, by a vector of bools with a message for each."""
         self._reported[threading.get_ident()] = True
+        self._is_last = not self._guarded
         codes = [self._code(message) * (1 if skippable and message != NO_ROWS else -1) for message in messages]
 
         def note() -> None:
@@ -122,11 +118,40 @@ class Guard:
         """What a code means."""
         return self._messages[abs(code)]
 
-    def report_applied(self, losses: dict[str, tf.Tensor]) -> None:
-        """Looks at the losses of a step that let its optimizer apply gradients by itself."""
-        if losses:
-            finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in losses.values()]))
-            self.report(~finite, [f"`{name}` is not finite, and the step {_ALREADY}" for name in losses])
+    def report_applied(self, losses: dict[str, tf.Tensor], variables: Sequence[Any]) -> None:
+        """Looks at the losses of a step that changed these variables by itself, and at what they came to."""
+        messages = [f"`{name}` is not finite" for name in losses]
+        messages += [f"{path_of(variable)} is not finite after the step changed it" for variable in variables]
+        values = [*losses.values(), *(tf.nn.l2_loss(tf.convert_to_tensor(variable)) for variable in variables)]
+        if values:
+            finite = tf.math.is_finite(tf.stack([tf.cast(value, tf.float32) for value in values]))
+            self.report(~finite, messages, skippable=True)
+
+    def changed_otherwise(self, variables: Sequence[Any]) -> list[Any]:
+        """Those that the traced step may change, and not by `apply` alone; where Python goes through it, all."""
+        return self._written(variables, but=self._guarded)
+
+    def to_bring_back(self, variables: Sequence[Any]) -> list[Any]:
+        """Those that the traced step may have changed where it finds a fault; where Python goes through it, all."""
+        decides = self._is_last and len(self._guarded) == 1
+        return self._written(variables, but=self._guarded if decides else ())
+
+    @staticmethod
+    def _written(variables: Sequence[Any], but: Sequence[list[tf.Operation]]) -> list[Any]:
+        if tf.executing_eagerly():
+            return list(variables)
+        graph = tf.compat.v1.get_default_graph()
+        handles = {
+            id(tensor)
+            for operation in set(graph.get_operations()).difference(*but)
+            for index, tensor in enumerate(operation.inputs)
+            if tensor.dtype == tf.resource and index not in _only_read(operation)
+        }
+        return [
+            v
+            for v in variables
+            if id(graph.capture((v.value if isinstance(v, keras.Variable) else v).handle)) in handles
+        ]
 
     def apply(
         self,
@@ -182,7 +207,9 @@ class Guard:
 
             refuse = report if strategy.num_replicas_in_sync == 1 else lambda: None
             with tf.name_scope(optimizer.name):
+                before = _operations()
                 tf.cond(strategy.experimental_local_results(sound)[0], apply, refuse)
+                self._guarded, self._is_last = [*self._guarded, _operations()[len(before) :]], True
 
         context.merge_call(on_all, args=(gradients, sound))
 
@@ -190,6 +217,20 @@ class Guard:
         if message not in self._messages:
             self._messages.append(message)
         return self._messages.index(message)
+
+
+def _operations() -> list[tf.Operation]:
+    return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()
+
+
+def _only_read(operation: tf.Operation) -> Collection[int]:
+    """Which of its inputs an operation does not change, as TensorFlow tells of those that have branches or a body."""
+    if operation.type in _READING:
+        return range(len(operation.inputs))
+    try:
+        return operation.get_attr("_read_only_resource_inputs")
+    except ValueError:
+        return ()
 
 
 def _arrays(parts: Any, path: str = "") -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ class Logs(Steps):
         log_dir: str | Path | None,
     ):
         super().__init__(model, optimizer, loss, loss_weights, metrics, seed)
-        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.log_dir = None if log_dir is None else Path(log_dir).absolute()  # wherever the program goes
         self.epochs = 0
         self._events = RunWriter(self.log_dir)
         self._owners = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -58,6 +57,7 @@ class Loop:
         image_every: For each image's name, n: it is kept at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
         strategy: Where the step runs. The replicas' scalars are averaged, weighed by the examples that each had.
         state: Tells the variables that are brought back to what they were where a step had a fault.
+        changed: Tells which of them that step may have changed.
         forget: Called in the graph when that is done.
         stop: A bool variable: once it is true, the running step is the last.
         jit_compile: Whether XLA compiles the step.
@@ -71,6 +71,7 @@ class Loop:
         image_every: dict[str, int],
         strategy: tf.distribute.Strategy,
         state: Callable[[], Sequence[Any]] = lambda: (),
+        changed: Callable[[Sequence[Any]], Sequence[Any]] = lambda variables: variables,
         forget: Callable[[], None] = lambda: None,
         stop: tf.Variable | None = None,
         jit_compile: bool = False,
@@ -81,6 +82,7 @@ class Loop:
         self._image_every = image_every
         self._strategy = strategy
         self._state = state
+        self._changed = changed
         self._forget = forget
         self._stop = tf.Variable(False, trainable=False) if stop is None else stop
         self._scalar_names: list[str] = []
@@ -153,7 +155,7 @@ class Loop:
 
     def _whole_step(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, StepLogs]:
         """One step on all replicas: the count of examples, and float64 means weighed by it."""
-        before = [(variable, tf.convert_to_tensor(variable)) for variable in self._state()]
+        before = {id(variable): (variable, tf.convert_to_tensor(variable)) for variable in self._state()}
 
         def replica_step(batch, number):
             logs = self._step(batch, number)
@@ -173,34 +175,15 @@ class Loop:
             fault = self._worst(fault)
         images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
 
-        written = self._written()
+        changed = self._changed([variable for variable, _ in before.values()])
 
         def bring_back() -> None:
-            for variable, value in before:
-                if written(variable):
-                    variable.assign(value)
+            for variable in changed:
+                variable.assign(before[id(variable)][1])
             self._forget()
 
         tf.cond(tf.equal(fault, 0), lambda: None, bring_back)
         return total, StepLogs(means, images, fault)
-
-    def _written(self) -> Callable[[Any], bool]:
-        """Tells whether the step that is being traced changes a variable; what it only reads need not be kept."""
-        graph = tf.compat.v1.get_default_graph()
-        if tf.executing_eagerly() or self._strategy.num_replicas_in_sync > 1:
-            return lambda variable: True
-        handles = {
-            id(tensor)
-            for operation in graph.get_operations()
-            for tensor in operation.inputs
-            if tensor.dtype == tf.resource and operation.type != "ReadVariableOp"
-        }
-
-        def is_written(variable: Any) -> bool:
-            handle = (variable.value if isinstance(variable, keras.Variable) else variable).handle
-            return id(graph.capture(handle)) in handles
-
-        return is_written
 
     def _worst(self, codes: Any) -> tf.Tensor:
         """Of the replicas' codes the lowest, if one is negative, else the highest."""

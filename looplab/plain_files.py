@@ -22,8 +22,9 @@ import tensorflow as tf
 
 _FORMAT = 1
 _ARRAYS, _STATE, _MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
-_MOST_BYTES = {_MANIFEST: 2**16, _STATE: 2**24}  # a hostile file shall not fill the memory
+_MOST_BYTES = {_MANIFEST: 2**16, _STATE: 2**28}  # a hostile file shall not fill the memory
 _MOST_HEADER = 2**24
+_MOST_VALUES = 2**22  # of JSON, of which three bytes can become a dict of eighty
 _MOST_UNASKED = 2**32  # larger files are gone through once it is known that the trainer has as much
 _MALFORMED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 # https://github.com/huggingface/safetensors#format: eight bytes with the header's length, the header as JSON, the data.
@@ -78,12 +79,46 @@ class Saved:
 
 
 def write(folder: Path, tree: Any, arrays: dict[str, np.ndarray]) -> None:
-    """Writes a state that `flatten` made to a folder, whose files and names are on the disk then."""
-    written = {_ARRAYS: _write_file(folder / _ARRAYS, _safetensors(arrays))}
-    written[_STATE] = _write_file(folder / _STATE, [json.dumps(tree).encode()])
+    """Writes a state that `flatten` made to a folder, whose files and names are on the disk then.
+
+    Raises:
+        ValueError: It is so large that it could not be read again; nothing was written.
+    """
+    header, state = _header(arrays), json.dumps(tree).encode()
+    for name, size, most, unit in [
+        (f"the header of {_ARRAYS}", len(header), _MOST_HEADER, "bytes"),
+        (_STATE, len(state), _MOST_BYTES[_STATE], "bytes"),
+        (_STATE, _count_values(state), _MOST_VALUES, "values"),
+    ]:
+        if size > most:
+            raise ValueError(
+                f"The checkpoint cannot be written: {name} would have {size} {unit}, and {most} are read at most. The "
+                f"largest part is {_largest_part(tree)}. Keep its numbers in one NumPy array, or keep fewer."
+            )
+    written = {_ARRAYS: _write_file(folder / _ARRAYS, _safetensors(header, arrays))}
+    written[_STATE] = _write_file(folder / _STATE, [state])
     manifest = json.dumps({"format": _FORMAT, "files": written}, indent=1)
     _write_file(folder / _MANIFEST, [manifest.encode()])
     sync(folder)
+
+
+def _largest_part(tree: Any) -> str:
+    """The path to what has the longest text: down through dicts, to where no part has a tenth of the whole."""
+    path: list[str] = []
+    least = len(json.dumps(tree)) / 10
+    while type(tree) is dict and tree:
+        sizes = {key: len(json.dumps(part)) for key, part in tree.items()}
+        largest = max(sizes, key=sizes.__getitem__)
+        if largest.startswith("$") or sizes[largest] < least:  # such keys are those of `_flatten`
+            break
+        path.append(largest)
+        tree = tree[largest]
+    return "/".join(path)
+
+
+def _count_values(content: bytes) -> int:
+    """At most how many values, and dicts and lists of such, a JSON text has; the commas in its texts count too."""
+    return sum(map(content.count, (b",", b"[", b"{")))
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -96,9 +131,12 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> bool:
-    """Whether a state can have it: numbers, strings, None, arrays, and dicts, lists and tuples of such."""
+    """Whether a state can have it: numbers, strings, None, arrays, and dicts, lists and tuples of such.
+
+    Of dicts, lists and tuples, those of a subclass are not plain: they would come back as another class.
+    """
     if isinstance(value, dict):
-        return all(isinstance(key, (str, int)) and plain(inner) for key, inner in value.items())
+        return type(value) is dict and all(isinstance(key, (str, int)) and plain(inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         return type(value) in (list, tuple) and all(map(plain, value))
     if isinstance(value, (np.ndarray, np.generic)):
@@ -107,14 +145,19 @@ def plain(value: Any) -> bool:
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """A state as JSON has it, and its arrays, each under the path that leads to it."""
+    """A state as JSON has it, and its arrays, each under the path that leads to it; with "~" where two have one path.
+
+    Arrays are brought to the byte order of safetensors.
+    """
     arrays: dict[str, np.ndarray] = {}
     return _flatten("", state, arrays), arrays
 
 
 def _flatten(path: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, (np.ndarray, np.generic)) and plain(value):
-        arrays[path] = np.asarray(value)
+        while path in arrays:  # dicts can have the keys 1 and "1", or "a/b" and "a"
+            path += "~"
+        arrays[path] = np.asarray(value, value.dtype.newbyteorder("<"))
         return {"$array" if isinstance(value, np.ndarray) else "$scalar": path}
     if type(value) is dict:
         inner = {key: _flatten(f"{path}/{key}", part, arrays) for key, part in value.items()}
@@ -240,7 +283,10 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
 def _state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state without its arrays; and size and checksum of the file of these."""
     files = _manifest(path)
-    tree = _json(path, _STATE, _read(path / _STATE, files[_STATE]))
+    content = _read(path / _STATE, files[_STATE])
+    if _count_values(content) > _MOST_VALUES:
+        raise damaged(path, f"{_STATE} has more than the {_MOST_VALUES} values that it may have")
+    tree = _json(path, _STATE, content)
     if not isinstance(tree, dict):
         raise damaged(path, f"{_STATE} holds no state")
     return tree, files[_ARRAYS]
@@ -258,8 +304,8 @@ def damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {path} is damaged: {reason}.")
 
 
-def _safetensors(arrays: dict[str, np.ndarray]) -> Iterable[Any]:
-    """The parts of a safetensors file."""
+def _header(arrays: dict[str, np.ndarray]) -> bytes:
+    """The header of a safetensors file, as JSON."""
     header: dict[str, Any] = {}
     end = 0
     for name, array in arrays.items():
@@ -270,8 +316,12 @@ def _safetensors(arrays: dict[str, np.ndarray]) -> Iterable[Any]:
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
+    return text + b" " * (-len(text) % 8)
+
+
+def _safetensors(header: bytes, arrays: dict[str, np.ndarray]) -> Iterable[Any]:
+    """The parts of a safetensors file."""
+    yield struct.pack("<Q", len(header)) + header
     for array in arrays.values():
         yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
@@ -286,7 +336,7 @@ def _parse_safetensors(file: IO[bytes], most: int) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     end = 0
     for name, entry in header.items():
-        dtype = np.dtype(tf.as_dtype(names[entry["dtype"]]).as_numpy_dtype)
+        dtype = np.dtype(tf.as_dtype(names[entry["dtype"]]).as_numpy_dtype).newbyteorder("<")
         shape = [int(size) for size in entry["shape"]]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         if min([0, *shape]) < 0 or entry["data_offsets"] != [begin, end]:

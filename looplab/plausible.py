@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -10,17 +11,30 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.guard import Guard
+from looplab.pairs import pairs
 
-_SCALING = (keras.layers.Rescaling, keras.layers.Normalization, keras.layers.BatchNormalization)
+_SCALING = (
+    *(keras.layers.Rescaling, keras.layers.Normalization, keras.layers.BatchNormalization),
+    keras.layers.Lambda,  # may scale
+    keras.layers.Embedding,  # x are tokens
+)
+_SCALING_OPERATIONS = ("TrueDivide", "Divide", "Multiply", "Subtract")  # as `inputs / 255` in a functional model
 _PROBABILITIES = ("Softmax", "Sigmoid")
-_LOGITS = ("BiasAdd", "MatMul", "BatchMatMulV2", "AddV2", "Add", "Conv2D", "Einsum")
+_LOGITS = ("BiasAdd", "MatMul", "BatchMatMulV2", "Conv2D", "Einsum")
+_ADDITIONS = ("AddV2", "Add")
+_ROUNDING = 1e-5  # by how much targets may go beyond 0 and 1
 _KINDS = {
     "sparse_categorical_crossentropy": "sparse",
     "categorical_crossentropy": "categorical",
     "categorical_focal_crossentropy": "categorical",
     "binary_crossentropy": "binary",
     "binary_focal_crossentropy": "binary",
+    "kl_divergence": "part",
+    "dice": "part",
+    "tversky": "part",
 }
+_CROSS_ENTROPIES = ("sparse", "categorical", "binary")
+
 _POINTWISE = {
     *("mean_squared_error", "mean_absolute_error", "mean_absolute_percentage_error", "mean_squared_logarithmic_error"),
     *("huber", "log_cosh", "poisson", "kl_divergence", "hinge", "squared_hinge", "categorical_hinge"),
@@ -47,14 +61,20 @@ class Range(NamedTuple):
         return f"`{self.name}` must be {kind}"
 
 
-def ranges(loss: Any, y: Any, y_pred: Any) -> Iterator[Range]:
-    """The range of each target of a cross-entropy.
+def ranges(loss: Any, y: Any, y_pred: Any, names: Sequence[str] | None = None) -> Iterator[Range]:
+    """The range of each target of a cross-entropy, or of another loss of targets from 0 to 1.
+
+    Args:
+        loss: As it was given to the trainer.
+        y: The targets.
+        y_pred: The outputs.
+        names: Those of the model's outputs, where it has names for them.
 
     Raises:
         ValueError: One-hot targets came to a loss of labels, or the reverse; or targets that have not the shape of the
             outputs, to a loss that compares both number by number.
     """
-    for path, function, target, output in _pairs(loss, y, y_pred, ()):
+    for path, function, target, output in pairs(loss, y, y_pred, names):
         kind, _ = _kind(function)
         if output.shape.rank is None or target.shape.rank is None:
             continue
@@ -93,8 +113,11 @@ def fitted(guard: Guard, wanted: Range, y: Any) -> Any:
     key, *rest = wanted.path
     inner = fitted(guard, wanted._replace(path=tuple(rest)), y[key])
     if isinstance(y, dict):
-        return {**y, key: inner}
-    return type(y)(inner if index == key else part for index, part in enumerate(y))
+        filled = copy.copy(y)  # of its type, as Keras sorts the keys of a dict, and not those of an OrderedDict
+        filled[key] = inner
+        return filled
+    parts = [inner if index == key else part for index, part in enumerate(y)]
+    return type(y)(*parts) if hasattr(y, "_fields") else type(y)(parts)  # a namedtuple takes them one by one
 
 
 def check_array(wanted: Range, y: Any, of: str) -> None:
@@ -140,22 +163,24 @@ def _of(name: str) -> str:
     return "" if name == "x" else f" of `{name}`"
 
 
-def doubts(loss: Any, y: Any, y_pred: Any) -> Iterator[str]:
+def doubts(loss: Any, y: Any, y_pred: Any, names: Sequence[str] | None = None) -> Iterator[str]:
     """What outputs do not seem to be, by the operation that made them: nothing where that tells nothing."""
-    for path, function, target, output in _pairs(loss, y, y_pred, ()):
+    for path, function, target, output in pairs(loss, y, y_pred, names):
         kind, from_logits = _kind(function)
         if _is_pointwise(function) and _is_repeated(target.shape, output.shape):
             yield (
                 f"`{_named(path)}` of shape {target.shape} came, with outputs of shape {output.shape}: the loss "
                 f"takes one number for several. Give both one shape."
             )
+        if kind not in _CROSS_ENTROPIES:
+            continue
         made_by = _made_by(output)
-        if kind is not None and from_logits and made_by in _PROBABILITIES:
+        if from_logits and made_by in _PROBABILITIES:
             yield (
                 f"`loss` has from_logits=True, and the outputs are probabilities (by {made_by}): pass "
                 f"from_logits=False, or take the {made_by.lower()} out of the model."
             )
-        if kind is not None and not from_logits and made_by in _LOGITS:
+        if not from_logits and _are_logits(output):
             yield (
                 f"`loss` takes probabilities, and the outputs are none (by {made_by}): pass from_logits=True, or let "
                 f"the model end with a softmax or sigmoid."
@@ -169,49 +194,63 @@ def _named(path: tuple[Any, ...]) -> str:
 
 def bounded(loss: Any, y_pred: Any) -> bool:
     """Whether the mean error of outputs and targets from 0 to 1 is asked for, which is 1 at most."""
-    function = getattr(keras.losses.get(loss) if isinstance(loss, str) else loss, "fn", loss)
-    name = function if isinstance(function, str) else getattr(function, "__name__", "")
-    is_mean = name in ("mse", "mae", "mean_squared_error", "mean_absolute_error")
-    return is_mean and isinstance(y_pred, tf.Tensor) and _made_by(y_pred) in _PROBABILITIES
+    losses, outputs = keras.tree.flatten(loss), keras.tree.flatten(y_pred)
+    if len(losses) != 1 or len(outputs) != 1:
+        return False
+    is_mean = getattr(losses[0], "reduction", "mean") in ("mean", "sum_over_batch_size", "mean_with_sample_weight")
+    is_error = _name(losses[0]) in ("mean_squared_error", "mean_absolute_error")
+    return is_mean and is_error and isinstance(outputs[0], tf.Tensor) and _made_by(outputs[0]) in _PROBABILITIES
 
 
 def raw_images(x: Any, model: Any) -> bool:
-    """Whether floating images from 0 to 255 came to a Keras model that has no layer which scales."""
-    if not isinstance(x, np.ndarray) or x.ndim < 3 or not np.issubdtype(x.dtype, np.floating):
+    """Whether images from 0 to 255 came to a Keras model that has nothing which scales."""
+    if not isinstance(x, np.ndarray) or x.ndim < 3 or not isinstance(model, keras.Model):
         return False
-    if not isinstance(model, keras.Model) or any(isinstance(layer, _SCALING) for layer in model._flatten_layers()):
+    if x.dtype == np.uint8:  # a subclassed model must convert these, and may well scale there
+        may_be_raw = isinstance(model, keras.Sequential) or hasattr(model, "output_names")
+    else:
+        may_be_raw = np.issubdtype(x.dtype, np.floating)
+    if not may_be_raw or _scales(model):
         return False
     some = x[:64]
     return bool(some.min() >= 0 and 128 < some.max() <= 255 and (some == np.floor(some)).all())
 
 
+def _scales(model: keras.Model) -> bool:
+    """Whether a model has a layer or an operation that scales, or whose inputs are none to scale."""
+    for layer in model._flatten_layers():
+        for operation in getattr(layer, "operations", [layer]):
+            is_layer = isinstance(operation, keras.Layer)
+            if isinstance(operation, _SCALING) if is_layer else type(operation).__name__ in _SCALING_OPERATIONS:
+                return True
+    return False
+
+
 def _made_by(output: Any) -> str:
     """The type of the operation that made a tensor, "" where it was not made in a graph."""
+    return getattr(_origin(output), "type", "")
+
+
+def _origin(tensor: Any) -> Any:
+    """The operation that made a tensor's values, None where they were not made in a graph."""
     try:
-        operation = output.op
+        operation = tensor.op
     except AttributeError:
-        return ""
+        return None
     while operation.type in ("Identity", "Cast", "Reshape", "Squeeze", "StopGradient"):
         operation = operation.inputs[0].op
-    return operation.type
+    return operation
 
 
-def _pairs(loss: Any, y: Any, y_pred: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any, Any, Any]]:
-    """(keys that lead to it, loss, target, output) of each output that has a loss and a target."""
-    if isinstance(y_pred, dict):
-        keys: Any = list(y_pred)
-    elif isinstance(y_pred, (list, tuple)):
-        keys = range(len(y_pred))
-    else:
-        if isinstance(y_pred, tf.Tensor) and isinstance(y, tf.Tensor) and loss is not None:
-            yield path, loss, y, y_pred
-        return
-    for key in keys:
-        try:
-            inner = loss[key] if isinstance(loss, (dict, list, tuple)) else loss
-            yield from _pairs(inner, y[key], y_pred[key], (*path, key))
-        except (KeyError, IndexError, TypeError):  # Keras finds it by another way, or tells what does not fit
-            continue
+def _are_logits(output: Any) -> bool:
+    """Whether a tensor is what a layer without an activation makes: a product, or a sum with a bias.
+
+    Other sums tell nothing: the mean of two softmaxes is made by one, too.
+    """
+    operation = _origin(output)
+    if operation is not None and operation.type in _ADDITIONS:
+        return any(_made_by(operand) == "ReadVariableOp" for operand in operation.inputs)
+    return _made_by(output) in _LOGITS
 
 
 def _is_repeated(target: tf.TensorShape, output: tf.TensorShape) -> bool:
@@ -223,26 +262,30 @@ def _is_repeated(target: tf.TensorShape, output: tf.TensorShape) -> bool:
 
 def _is_pointwise(loss: Any) -> bool:
     """Whether it is a loss of Keras's that compares a target with an output of its shape."""
-    loss = keras.losses.get(loss) if isinstance(loss, str) else loss
-    function = getattr(loss, "fn", loss)
-    name = getattr(function, "__name__", "")
-    return name in _POINTWISE and getattr(keras.losses, name, None) is function
+    return _name(loss) in _POINTWISE
 
 
 def _kind(loss: Any) -> tuple[str | None, bool]:
-    """Which cross-entropy it is, if any, and whether it takes logits."""
+    """Which kind of loss of targets from a range it is, if any, and whether it takes logits."""
+    return _KINDS.get(_name(loss)), bool(getattr(loss, "_fn_kwargs", {}).get("from_logits", False))
+
+
+def _name(loss: Any) -> str:
+    """The name of the function of Keras's that a loss is, "" where it is none."""
     if isinstance(loss, str):
+        if loss.lower() in ("crossentropy", "ce"):  # which is chosen by the shapes, and `get` does not know it
+            return ""
         loss = keras.losses.get(loss)
     function = getattr(loss, "fn", loss)
-    is_keras = getattr(keras.losses, getattr(function, "__name__", ""), None) is function
-    options = getattr(loss, "_fn_kwargs", {})
-    return (_KINDS.get(function.__name__) if is_keras else None), bool(options.get("from_logits", False))
+    name = getattr(function, "__name__", "")
+    return name if getattr(keras.losses, name, None) is function else ""
 
 
 def _out_of_range(wanted: Range, y: Any, library: Any) -> Any:
     """A bool for each target, by TensorFlow or NumPy; float64 holds any label."""
     value = tf.cast(y, tf.float64) if library is tf else np.asarray(y, np.float64)
-    wrong = ~((value >= 0) & (value <= wanted.most))  # so that NaN is wrong, too
+    beyond = 0 if wanted.whole else _ROUNDING  # soft targets may be 1.0000001
+    wrong = ~((value >= -beyond) & (value <= wanted.most + beyond))  # so that NaN is wrong, too
     if wanted.whole:
         wrong |= value != library.floor(value)
     return wrong if wanted.ignored is None else wrong & (value != wanted.ignored)

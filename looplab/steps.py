@@ -110,16 +110,18 @@ class Steps(Tracked):
         losses = self._now.ledger.take(self.trainable_variables)
         if self._loss is not None:
             checks.targets(y, self._loss)
-            self._target_ranges = list(plausible.ranges(self._loss, y, y_pred))
+            names = getattr(self._compiled, "output_names", None)
+            self._target_ranges = list(plausible.ranges(self._loss, y, y_pred, names))
             for wanted in self._target_ranges:
                 y = plausible.fitted(self._guard, wanted, y)
-            for doubt in plausible.doubts(self._loss, y, y_pred):
+            for doubt in plausible.doubts(self._loss, y, y_pred, names):
                 self._doubts.setdefault(doubt, False)
             # Keras divides a loss by the number of replicas, `minimize` does here: for losses of every origin.
             total = self._compiled.compute_loss(x, y, y_pred, sample_weight) * self.strategy.num_replicas_in_sync
             for name, value in self._target_losses(total).items():
                 self._now.ledger.add(name, value)
-                self._bounded = f"{LOSS_PART}{name}" if plausible.bounded(self._loss, y_pred) else ""
+                unweighed = self._loss_weights is None and sample_weight is None
+                self._bounded = f"{LOSS_PART}{name}" if unweighed and plausible.bounded(self._loss, y_pred) else ""
             self._now.ledger.take(())
             losses.insert(0, total)
         if not losses:
@@ -201,9 +203,10 @@ class Steps(Tracked):
                         if name in told:
                             raise ValueError(f"`{kind}_step` told two values named '{name}'. Give one another name.")
                         told[name] = value
-                if kind == "train" and not now.guarded:
+                changed = self._guard.changed_otherwise(self.trainable_variables) if kind == "train" else []
+                if changed:
                     losses = {name: value for name, value in told.items() if "loss" in name and value.dtype.is_floating}
-                    self._guard.report_applied(losses)
+                    self._guard.report_applied(losses, changed)
                 if not now.guarded:
                     self._guard.report(tf.reshape(tf.equal(now.rows, 0), [1]), [NO_ROWS])
                 return StepLogs({**rates, **told}, now.images, self._guard.fault())

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from looplab import checks
 from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.plain_files import flatten
 from looplab.recipe import Recipe
@@ -36,6 +37,7 @@ def assert_resume_exact(build: Callable[..., Recipe], steps: int) -> None:
             the event files came out otherwise; it tells which.
         ValueError: The training has fewer steps.
     """
+    checks.positive(steps=steps)
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / "whole"
         _train(build, whole, resume=False)
@@ -91,7 +93,12 @@ def _values(folder, plugin):
 def _train(build: Callable[..., Recipe], folder: Path, resume: bool) -> None:
     keras.utils.clear_session(free_memory=False)  # layers without a name are counted through a process
     keras.utils.set_random_seed(0)
-    build(seed=0, log_dir=folder, checkpoint=_EACH_STEP).fit(verbose=0, resume=resume)
+    recipe = build(seed=0, log_dir=folder, checkpoint=_EACH_STEP)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"`build` must return a `looplab.Recipe`: a trainer and its data; {type(recipe).__name__} came."
+        )
+    recipe.fit(verbose=0, resume=resume)
 
 
 def _checkpoints(folder: Path) -> Checkpoints:

@@ -44,7 +44,7 @@ class Traces(Logs):
 
         def make() -> Loop:
             step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
-            if kind == "train":
+            if kind == "train" and not eagerly:
                 self._stray_variables = _Hidden([])
             metrics = None
             while metrics != self.metrics:  # those that a trace makes are seen by the next alone
@@ -55,13 +55,14 @@ class Traces(Logs):
                         element_spec,
                         self._image_every[kind],
                         self.strategy,
-                        self._untrained if kind == "train" else list,
+                        self._changeable if kind == "train" else list,
+                        self._guard.to_bring_back,
                         self._guard.forget,
                         self._stop.value,
                         self.jit_compile,
                         eagerly,
                     )
-            if kind == "train":
+            if kind == "train" and not eagerly:
                 self._find_strays(loop)
             return loop
 
@@ -111,7 +112,9 @@ class Traces(Logs):
             )
 
     def _strays(self) -> list[tf.Variable]:
-        known = {id(variable) for optimizer in self.optimizers.values() for variable in _values(optimizer.variables)}
+        known = {
+            id(variable) for optimizer in self.optimizers.values() for variable in map(_value, optimizer.variables)
+        }
         return [v for v in self._stray_variables.value if id(v) not in known]
 
     def _warn_of_retraces(self, kind: str, element_spec: Any) -> None:
@@ -131,6 +134,12 @@ class Traces(Logs):
         """What a trace holds fast, and a user may exchange between two calls of `fit`."""
         return [*self.trainable_variables, *self.optimizers.values()]
 
+    def _changeable(self) -> list[Any]:
+        """Each variable that a training step may change; of several replicas, each one's."""
+        whole = [*self._state(), *(v for optimizer in self.optimizers.values() for v in optimizer.variables)]
+        parts = [part for variable in whole for part in getattr(_value(variable), "values", [variable])]
+        return list({id(_value(part)): part for part in parts}.values())
+
     def _untrained(self) -> list[Any]:
         """Each variable that no optimizer changes: metrics, seeds, moving means; of several replicas, each one's."""
         trained = {id(variable) for variable in self.trainable_variables}
@@ -145,5 +154,6 @@ class _Hidden:
     value: Any
 
 
-def _values(variables: list[Any]) -> list[tf.Variable]:
-    return [variable.value if isinstance(variable, keras.Variable) else variable for variable in variables]
+def _value(variable: Any) -> tf.Variable:
+    """The TensorFlow variable that a Keras variable is."""
+    return variable.value if isinstance(variable, keras.Variable) else variable

@@ -75,6 +75,8 @@ class Trainer(Epochs):
     ):
         checks.steps_per_execution(steps_per_execution)
         checks.checkpoint(checkpoint, Checkpoint)
+        if log_dir is None and checkpoint not in (None, Checkpoint()):
+            raise ValueError("`checkpoint` came without `log_dir`: there would be no folder to save to. Pass both.")
         super().__init__(
             *(model, optimizer, loss, loss_weights, metrics, seed, log_dir),
             steps_per_execution=steps_per_execution,
@@ -84,6 +86,7 @@ class Trainer(Epochs):
         self.checkpoint = checkpoint
         self.history: keras.callbacks.History | None = None
         self._given_seed = seed
+        self._made_with = {"optimizer": state.settings(self.optimizer), "loss": state.settings(loss)}
         self._finished: list[dict[str, list[float]]] = []  # the history of each `fit` that came to its end
 
     @checks.named
@@ -137,12 +140,19 @@ class Trainer(Epochs):
         checks.validation_freq(validation_freq)
         checks.resume(resume, self.log_dir)
         checks.learning_rates(self.optimizers)
+        checks.skip_nonfinite(self.skip_nonfinite)
         given = list(callbacks or [])
         checks.callbacks(given)
         with self._owning(go_on=resume):
             checkpoints, saved = self._checkpoints(resume)
-            if saved is not None and saved.tree["fit"] > len(self._finished):
-                return self._left_as_it_is(saved.tree["finished"][len(self._finished)])
+            number = len(self._finished)
+            again = saved is not None and saved.tree["fit"] > number
+            if checkpoints is not None and saved is not None and again:
+                print(f"looplab: call {number + 1} of `fit` in {self.log_dir} was finished before.", flush=True)
+                newest, saved = saved, checkpoints.last_of_fit(number)
+                if saved is None:
+                    return self._left_as_it_is(newest.tree["finished"][number])
+            writes = checkpoints is not None and self.checkpoint is not None and not again
             if saved is not None and self._given_seed is None:
                 self.seed = saved.tree["seed"]
             if validation_split and validation_data is None:
@@ -157,8 +167,8 @@ class Trainer(Epochs):
                 size = validation_batch_size or (batch_size if is_arrays(val_x) else None)
                 validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
             if saved is not None:
-                check_resumable(saved, self._given_seed, train.described)
-            if train.unseeded and checkpoints is not None:
+                check_resumable(saved, self._given_seed, train.described, self._made_with)
+            if train.unseeded and (writes or resume):
                 checks.unseeded(train.unseeded, resume)
             if verbose:
                 given.append(EpochLine() if verbose == 2 else ProgressBar())
@@ -175,8 +185,9 @@ class Trainer(Epochs):
                     callback_list,
                     initial_epoch,
                     epochs,
-                    checkpoints,
+                    checkpoints if writes else None,
                     saved,
+                    again,
                 ).run()
             finally:
                 self._events.close()
@@ -255,6 +266,8 @@ class Trainer(Epochs):
         Raises:
             ValueError: There is none, it is damaged, or of another architecture; nothing was changed.
         """
+        if not any(known.key[0] == "train" for known in self._traced):
+            raise ValueError("`restore` needs all variables to be there: call `build` with the data before, or `fit`.")
         saved: Saved | None
         if checkpoint in ("newest", "best"):
             if self.log_dir is None or self.checkpoint is None:
@@ -270,8 +283,10 @@ class Trainer(Epochs):
                 saved = None if best is None else Saved(best)
             if saved is None:
                 raise ValueError(f"`checkpoint`: there is no {checkpoint} one in {checkpoints.folder}.")
-        else:
+        elif Path(checkpoint).is_dir():
             saved = Saved(Path(checkpoint))
+        else:
+            raise ValueError(f'`checkpoint` must be "newest", "best", or a folder; {checkpoint} came, and is none.')
         variables = self._all_state()
         values = saved.load(state.most_bytes(variables))["variables"]
         state.check(variables, values, saved.path)
@@ -313,7 +328,7 @@ class Trainer(Epochs):
         )
 
     def _checkpoints(self, resume: bool) -> tuple[Checkpoints | None, Saved | None]:
-        """What saves the trainer's state, if anything, and what is saved already."""
+        """Where the trainer's state is saved, if anywhere, and what is saved already."""
         if self.log_dir is None:
             return None, None
         found = Checkpoints(self.log_dir / "checkpoints", self.checkpoint or Checkpoint())
@@ -331,11 +346,11 @@ class Trainer(Epochs):
         self._early.clear()
         if saved is not None and saved.tree["fit"] < len(self._finished):
             saved = None  # of an earlier `fit` of this trainer
-        return (found if self.checkpoint is not None else None), saved
+        return found, saved
 
     def _left_as_it_is(self, history: dict[str, list[float]]) -> keras.callbacks.History:
-        """What a `fit` returns that was finished before the run was saved in a later one."""
-        print(f"looplab: call {len(self._finished) + 1} of `fit` in {self.log_dir} was finished before.", flush=True)
+        """What a `fit` returns that was finished before, where its last checkpoint is not whole any more."""
+        warn("The last checkpoint of that call is gone: until the next `fit`, the weights are those of the beginning.")
         self._finished.append(history)
         self.history = keras.callbacks.History()
         self.history.history = history

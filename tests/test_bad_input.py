@@ -114,6 +114,21 @@ def two_outputs():
     return keras.Model(inputs, {"kind": layers.Dense(3)(inputs), "height": layers.Dense(1)(inputs)})
 
 
+def z_and_a(form=list):
+    """Outputs whose order is not that of their names: bits and a class."""
+    inputs = layers.Input((4,))
+    outputs = {
+        "z": layers.Dense(3, "sigmoid", name="z")(inputs),
+        "a": layers.Dense(3, "softmax", name="a")(inputs),
+    }
+    return keras.Model(inputs, outputs if form is dict else form(outputs.values()))
+
+
+def z_alone():
+    inputs = layers.Input((4,))
+    return keras.Model(inputs, layers.Dense(3, "sigmoid", name="z")(inputs))
+
+
 def two_losses():
     return {"kind": sparse(), "height": "mse"}
 
@@ -133,6 +148,11 @@ def trainer(model=None, loss=None, optimizer=None, kind=looplab.Trainer, **optio
 def batches(x, y=None):
     parts = x if y is None else (x, y)
     return tf.data.Dataset.from_tensor_slices(parts).batch(BATCH)
+
+
+def in_tuples(y):
+    """For a data set, which makes one tensor of a list."""
+    return tuple(y) if isinstance(y, list) else y
 
 
 def fit(x, y, make_model=functional, loss=None, **options):
@@ -169,6 +189,29 @@ def changed(array, index, value):
     return array
 
 
+BITS, CLASS = "binary_crossentropy", "sparse_categorical_crossentropy"
+STRUCTURES = {  # in which Keras lets losses and targets meet outputs: model, losses, y of z and a, where z is in that
+    "list of outputs, dicts": (z_and_a, {"a": CLASS, "z": BITS}, lambda z, a: {"a": a, "z": z}, "['z']"),
+    "list of outputs, dict of losses": (z_and_a, {"a": CLASS, "z": BITS}, lambda z, a: [z, a], "[0]"),
+    "list of outputs, dict of targets": (z_and_a, [BITS, CLASS], lambda z, a: {"a": a, "z": z}, "['z']"),
+    "list of outputs, one without a loss": (z_and_a, [BITS, None], lambda z, a: [z], "[0]"),
+    "tuple of outputs": (lambda: z_and_a(tuple), (BITS, CLASS), lambda z, a: [z, a], "[0]"),
+    "dict of outputs, list of losses": (
+        *(lambda: z_and_a(dict), [CLASS, BITS]),  # in the order of the keys
+        *(lambda z, a: {"z": z, "a": a}, "['z']"),
+    ),
+    "dict of outputs, lists": (lambda: z_and_a(dict), [CLASS, BITS], lambda z, a: [a, z], "[1]"),
+    "dict of outputs, list of targets": (
+        *(lambda: z_and_a(dict), {"z": BITS, "a": CLASS}),
+        *(lambda z, a: [a, z], "[1]"),
+    ),
+    "one output, list of a loss": (z_alone, [BITS], lambda z, a: z, ""),
+    "one output, lists": (z_alone, [BITS], lambda z, a: [z], "[0]"),
+    "one output, list of targets": (z_alone, BITS, lambda z, a: [z], "[0]"),
+    "one output, dict of a loss": (z_alone, {"z": BITS}, lambda z, a: z, ""),
+}
+
+
 class Place:
     """Where a row may write, and a run which was was saved after the steps 4 and 6."""
 
@@ -187,6 +230,18 @@ def resume(run, model=None, epochs=2, resume=True, seed=None, batch_size=BATCH, 
     x, y = options.pop("data", (X, LABELS))
     tested.fit(x, y, batch_size=batch_size, epochs=epochs, resume=resume, verbose=0, **options)
     return tested
+
+
+def built(place):
+    tested = trainer(log_dir=place.run())
+    tested.build(X, LABELS)
+    return tested
+
+
+def fit_skipping(steps):
+    tested = trainer()
+    tested.skip_nonfinite = steps
+    tested.fit(X, LABELS, verbose=0)
 
 
 @pytest.fixture(scope="module")
@@ -514,6 +569,38 @@ ERRORS = {
         lambda _: fit(X, 255 * ONE_HOT, loss=categorical()),
     ),
     **{
+        f"targets of 255 to {loss}": (
+            ValueError,
+            ["`y` must be from 0 to 1", "255", "index 0"],
+            lambda _, loss=loss: fit(X, 255 * ONE_HOT, lambda: functional("softmax"), loss),
+        )
+        for loss in ("kl_divergence", "dice", "tversky")
+    },
+    "binary target beyond rounding": (
+        ValueError,
+        ["`y` must be from 0 to 1", "1.00", "index 9"],
+        lambda _: fit(X, changed(ONE_HOT, (9, 0), 1.01), loss=binary()),
+    ),
+    **{
+        f"targets of 255, {form}": (
+            ValueError,
+            [f"`y{where}` must be from 0 to 1", "255", "index 0"],
+            lambda _, make=make, loss=loss, y=y: fit(X, y(255 * ONE_HOT, LABELS), make, loss),
+        )
+        for form, (make, loss, y, where) in STRUCTURES.items()
+    },
+    **{
+        f"target of 255 in a data set, {form}": (
+            ValueError,
+            [f"`y{where}` must be from 0 to 1", "is from 0 to 255", *BATCH_3],
+            lambda _, make=make, loss=loss, y=y: fit_batches(
+                batches(X, in_tuples(y(changed(ONE_HOT, (9, 0), 255), LABELS))), make, loss, good=2
+            ),
+        )
+        for form, (make, loss, y, where) in STRUCTURES.items()
+        if form.endswith(("dicts", "lists", "list of losses"))
+    },
+    **{
         f"one target for several outputs, {loss}": (
             ValueError,
             ["`loss` compares", "`y` of shape (None,) came, with outputs of shape (None, 3)", "one shape"],
@@ -739,6 +826,32 @@ ERRORS = {
         )
         for keep in (0, -1, True, 1.0, "2", None)
     },
+    'Checkpoint(mode="min") without a monitor': (
+        ValueError,
+        ["`mode` 'min' came without `monitor`"],
+        lambda _: looplab.Checkpoint(mode="min"),
+    ),
+    "checkpoint without a folder": (
+        ValueError,
+        ["`checkpoint` came without `log_dir`"],
+        lambda _: looplab.Trainer(functional(), checkpoint=looplab.Checkpoint(every=5)),
+    ),
+    **{
+        f"skip_nonfinite={value!r}": (
+            ValueError,
+            ["`skip_nonfinite` must be a whole number of at least 0", f"{value!r} came"],
+            lambda _, value=value: fit_skipping(value),
+        )
+        for value in (-1, True, 1.5, "3")
+    },
+    **{
+        f"class_weight of {key!r}": (
+            ValueError,
+            ["`class_weight` must have the classes as its keys", f"{key!r}"],
+            lambda _, key=key: fit(X, LABELS, class_weight={key: 2.0}),
+        )
+        for key in ("a", -1, 1.5)
+    },
     'Checkpoint(mode="best")': (
         ValueError,
         ["`mode` must be", '"min"', '"max"', "'best' came"],
@@ -853,12 +966,22 @@ ERRORS = {
     "restoring the best without a monitor": (
         ValueError,
         ['`restore("best")` needs a `monitor`'],
-        lambda place: trainer(log_dir=place.run()).restore("best"),
+        lambda place: built(place).restore("best"),
     ),
     "restoring from a folder that is no checkpoint": (
         ValueError,
         ["checkpoint", "manifest.json cannot be read"],
-        lambda place: trainer(log_dir=place.run()).restore(place.folder),
+        lambda place: built(place).restore(place.folder),
+    ),
+    "restoring from what is not there": (
+        ValueError,
+        ['`checkpoint` must be "newest", "best", or a folder', "last came"],
+        lambda place: built(place).restore("last"),
+    ),
+    "restoring before there are variables": (
+        ValueError,
+        ["`restore` needs all variables", "`build`"],
+        lambda place: trainer(log_dir=place.run()).restore("newest"),
     ),
     "going on with another seed": (
         ValueError,
@@ -924,6 +1047,26 @@ def test_a_mistake_is_told_and_nothing_is_learned_from_it(error, needles, call, 
 
 
 # What is trained on, with a warning.
+
+
+def logits_and_classes():
+    inputs = layers.Input((4,))
+    return keras.Model(inputs, [layers.Dense(3, name="z")(inputs), layers.Dense(3, "softmax", name="a")(inputs)])
+
+
+def mean_of_two(activation):
+    inputs = layers.Input((4,))
+    return keras.Model(inputs, sum(0.5 * layers.Dense(3, activation)(inputs) for _ in range(2)))
+
+
+def of_images(convert):
+    """A model of images that an operation, not a layer, converts."""
+    inputs = layers.Input((8, 8, 1))
+    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(convert(inputs))))
+
+
+def of_tokens():
+    return keras.Sequential([layers.Embedding(256, 2), layers.Flatten(), layers.Dense(3)])
 
 
 def unused():
@@ -994,6 +1137,20 @@ WARNINGS = {
         )
         for make in (functional_of_images, sequential_of_images, subclassed_of_images)
     },
+    **{
+        f"uint8 images, {make.__name__}": (PIXELS_TOLD, lambda _, make=make: fit(PIXELS.astype("uint8"), LABELS, make))
+        for make in (functional_of_images, sequential_of_images)
+    },
+    "uint8 images without channels": (
+        PIXELS_TOLD,
+        lambda _: fit(
+            PIXELS[..., 0].astype("uint8"), LABELS, lambda: keras.Sequential([layers.Flatten(), layers.Dense(3)])
+        ),
+    ),
+    "logits with a bias, of one of several outputs in a list": (
+        PROBABILITIES_WANTED,
+        lambda _: fit(X, [ONE_HOT, LABELS], logits_and_classes, {"a": CLASS, "z": BITS}),
+    ),
     "images from 0 to 255 to outputs from 0 to 1": (
         "outputs are all from 0 to 1, and the targets go beyond.*scale",
         lambda _: reconstruct(lambda images: (images, images)),
@@ -1060,6 +1217,42 @@ SOUND = {
     "images from 0 to 1": lambda: fit((PIXELS / 255).astype("float32"), LABELS, functional_of_images),
     "images that the model scales": lambda: fit(
         PIXELS.astype("float32"), LABELS, lambda: sequential_of_images(layers.Rescaling(1 / 255))
+    ),
+    "uint8 images that the model scales": lambda: fit(
+        PIXELS.astype("uint8"), LABELS, lambda: sequential_of_images(layers.Rescaling(1 / 255))
+    ),
+    **{
+        f"images of {kind} that {what} scales": lambda kind=kind, convert=convert: fit(
+            PIXELS.astype(kind), LABELS, lambda: of_images(convert)
+        )
+        for kind in ("uint8", "float32")
+        for what, convert in {"/": lambda x: x / 255, "a Lambda": layers.Lambda(lambda x: x / 255)}.items()
+    },
+    "uint8 images of two colours": lambda: fit((PIXELS > 127).astype("uint8"), LABELS, functional_of_images),
+    **{
+        f"tokens of {kind}": lambda kind=kind: fit(PIXELS.astype(kind), LABELS, of_tokens)
+        for kind in ("uint8", "float32")
+    },
+    **{
+        f"mean of two with {activation}": lambda activation=activation, y=y, loss=loss: fit(
+            X, y, lambda: mean_of_two(activation), loss
+        )
+        for activation, y, loss in (("softmax", LABELS, CLASS), ("sigmoid", ONE_HOT, BITS))
+    },
+    "soft targets that rounding led beyond 0 and 1": lambda: fit(
+        X, changed(changed(ONE_HOT, (0, 0), 1.0000001), (1, 0), -1e-7), loss=categorical()
+    ),
+    **{
+        f"targets from 0 to 1 to {loss}": lambda loss=loss: fit(X, ONE_HOT, lambda: functional("softmax"), loss)
+        for loss in ("kl_divergence", "dice", "tversky", "crossentropy")
+    },
+    **{
+        form: lambda make=make, loss=loss, y=y: fit(X, y(ONE_HOT, LABELS), make, loss)
+        for form, (make, loss, y, _) in STRUCTURES.items()
+        if "without" not in form  # what has no loss has no gradient, which Keras tells
+    },
+    "sum of errors of outputs from 0 to 1": lambda: fit(
+        X, ONE_HOT, lambda: functional("sigmoid"), keras.losses.MeanSquaredError(reduction="sum")
     ),
     "no images": lambda: fit(np.arange(48, dtype="float32").reshape(12, 4) * 5, LABELS),
     "one target for one output": lambda: fit(

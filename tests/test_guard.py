@@ -63,8 +63,8 @@ def test_the_step_can_be_gone_through_again_line_by_line(line, tmp_path):
 
     class Looking(looplab.Trainer):
         def train_step(self, batch):
-            if tf.executing_eagerly():
-                seen.append(np.isnan(batch[0]).sum())
+            if self.run_eagerly:  # which it is not told to be while it is traced
+                seen.append(np.isnan(batch[0].numpy()).sum())
             return super().train_step(batch)
 
     for options in ({}, {"run_eagerly": True}):
@@ -82,7 +82,8 @@ def test_steps_can_be_passed_over_and_count_nowhere(line, tmp_path):
 
     trainer = Counting(net(), optimizer="adam", loss="mse", metrics=["mae"], log_dir=tmp_path)
     trainer.skip_nonfinite = 2
-    history = trainer.fit(poisoned(line, 0, 12, 45, 99), epochs=2, verbose=0).history
+    with pytest.warns(UserWarning, match="4 of 10 steps were passed over"):
+        history = trainer.fit(poisoned(line, 0, 12, 45, 99), epochs=2, verbose=0).history
     assert trainer.skipped_steps == 8
     assert trainer.steps == 20
     assert int(tf.convert_to_tensor(trainer.optimizer.iterations)) == 12
@@ -98,7 +99,8 @@ def test_steps_can_be_passed_over_and_count_nowhere(line, tmp_path):
 def test_bad_steps_in_a_row_are_counted_over_graph_calls(line, steps_per_execution):
     trainer = looplab.Trainer(net(), optimizer="sgd", loss="mse", steps_per_execution=steps_per_execution)
     trainer.skip_nonfinite = 3
-    trainer.fit(poisoned(line, 25, 35, 45), verbose=0)
+    with pytest.warns(UserWarning, match="3 of 10 steps were passed over"):
+        trainer.fit(poisoned(line, 25, 35, 45), verbose=0)
     with pytest.raises(FloatingPointError):
         trainer.fit(poisoned(line, 25, 35, 45, 55), verbose=0)
 
@@ -132,11 +134,86 @@ class OwnOptimizer(looplab.Trainer):
         return {"my_loss": loss}
 
 
-def test_a_step_that_applies_by_itself_is_told_afterwards(line, tmp_path):
-    trainer = OwnOptimizer(net(), optimizer="sgd", loss="mse", log_dir=tmp_path)
-    with pytest.raises(FloatingPointError, match=r"`my_loss` is not finite.*go back to a checkpoint"):
-        trainer.fit(poisoned(line, 34), verbose=0)
-    assert not list((tmp_path / "checkpoints").glob("step-*"))  # what it has is no state to go on from
+class BrokenGradients(OwnOptimizer):
+    """Of a finite loss."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        finite = tf.where(tf.math.is_nan(y_pred), 1.0, y_pred)
+        return tf.reduce_mean(tf.where(tf.reduce_any(tf.math.is_nan(x)), tf.sqrt(0.0 * finite), finite))
+
+
+class Parts(looplab.Trainer):
+    """Two nets with an optimizer each."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.other = keras.models.clone_model(model)
+        self.second = keras.optimizers.Adam(0.01)
+
+    def losses_of(self, batch):
+        with tf.GradientTape(persistent=True) as tape:
+            x = tf.where(tf.math.is_nan(batch[0]), 0.0, batch[0])
+            first = tf.reduce_mean(tf.square(self.model(x, training=True) - batch[1]))
+            second = tf.reduce_mean(tf.square(self.other(batch[0]) - batch[1]))
+        return tape, first, second
+
+
+class TwoMinimized(Parts):
+    """Of which the second is wrong."""
+
+    def train_step(self, batch):
+        tape, first, second = self.losses_of(batch)
+        self.minimize(tape, first, self.model.trainable_variables)
+        self.minimize(tape, second, self.other.trainable_variables, self.second)
+        return {"first": first, "second": second}
+
+
+class OneByItself(Parts):
+    """One by `minimize`, and one not."""
+
+    def train_step(self, batch):
+        tape, first, second = self.losses_of(batch)
+        self.minimize(tape, first, self.model.trainable_variables)
+        self.second.apply(tape.gradient(second, self.other.trainable_variables), self.other.trainable_variables)
+        return {"loss": first, "other_loss": second}
+
+
+class Following(Parts):
+    """Whose other net follows the first."""
+
+    def train_step(self, batch):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.model(batch[0], training=True) - batch[1]))
+        self.minimize(tape, loss, self.model.trainable_variables)
+        for slow, fast in zip(self.other.variables, self.model.variables, strict=True):
+            slow.assign(0.9 * slow + 0.1 * fast)
+        return {"loss": loss}
+
+
+WHOLE = {
+    "own optimizer": (OwnOptimizer, "`my_loss` is not finite"),
+    "own optimizer, finite loss": (BrokenGradients, "is not finite after the step changed it"),
+    "two minimized": (TwoMinimized, "The loss is not finite"),
+    "one by itself": (OneByItself, "`other_loss` is not finite"),
+    "one that follows": (Following, "The loss is not finite"),
+}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("kind", "told"), WHOLE.values(), ids=WHOLE)
+def test_of_a_step_with_a_fault_nothing_stays(kind, told, eager, line):
+    trainer = kind(net(), optimizer=keras.optimizers.Adam(0.01), loss="mse", run_eagerly=eager)
+    trainer.fit(poisoned(line), verbose=0)
+    before = {path: value for path, value in state(trainer).items() if "metric" not in path}
+    with pytest.raises(FloatingPointError, match=rf"{told}.*, at step 11 .*The update was not made"):
+        trainer.fit(poisoned(line, 4), verbose=0)
+    after = state(trainer)
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value, err_msg=path)
+    trainer.skip_nonfinite = 1
+    with pytest.warns(UserWarning, match="1 of 10 steps were passed over"):
+        trainer.fit(poisoned(line, 4), verbose=0)
+    assert all(np.isfinite(value).all() for value in state(trainer).values())
 
 
 def test_minimize_in_a_branch_is_guarded(line):

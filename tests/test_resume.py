@@ -77,7 +77,8 @@ def kept():
 CASES = {
     "arrays": lambda **o: recipe((X, Y), batch_size=13, **o),
     "callbacks": lambda **o: recipe((X, Y), batch_size=13, callbacks=kept(), optimizer="adam", **o),
-    "a data set that shuffles anew each epoch": lambda **o: recipe(batches(), **o),
+    "data sets that shuffle anew each epoch": lambda **o: recipe(batches(), validation=batches(), **o),
+    "one that is validated on, too": lambda **o: (lambda dataset: recipe(dataset, dataset, **o))(batches()),
     "a data set of unknown length that shuffles anew twice each epoch": lambda **o: recipe(
         batches().unbatch().repeat(2).batch(25).filter(lambda x, y: True), **o
     ),
@@ -168,23 +169,28 @@ def test_early_stopping_has_stopped_for_good(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path, exchanges):
     def program(log_dir, epochs_of_second):
         keras.utils.clear_session(free_memory=False)
         keras.utils.set_random_seed(0)
         dataset = batches()  # in the second `fit` its orders go on
         trainer = recipe(dataset, log_dir=log_dir, optimizer="adam").trainer
-        first = trainer.fit(dataset, epochs=2, verbose=0, resume=True).history
+        stopping = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=9.0, restore_best_weights=True)
+        first = trainer.fit(dataset, epochs=9, verbose=0, callbacks=[stopping], resume=True).history
+        between = trainer.evaluate(X, Y, verbose=0), trainer.steps
         trainer.model.layers[0].trainable = False
-        trainer.optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+        if exchanges:
+            trainer.optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
         second = trainer.fit(dataset, epochs=epochs_of_second, verbose=0, resume=True).history
-        return first, second, trainer.steps, trainer.get_weights()
+        return first, between, second, trainer.steps, trainer.get_weights()
 
     whole = program(tmp_path / "whole", 4)
-    program(tmp_path / "parts", 2)
+    program(tmp_path / "parts", 3)
     parts = program(tmp_path / "parts", 4)
-    assert parts[:3] == whole[:3]
-    for one, other in zip(parts[3], whole[3], strict=True):
+    assert parts[:4] == whole[:4]
+    assert [len(parts[0]["loss"]), len(parts[2]["loss"])] == [2, 4]
+    for one, other in zip(parts[4], whole[4], strict=True):
         np.testing.assert_array_equal(one, other)
     assert points(tmp_path / "parts") == points(tmp_path / "whole")
 
@@ -250,6 +256,26 @@ def test_the_best_and_the_newest_stay_and_can_be_restored(tmp_path):
         trainer.restore(which)
         for one, other in zip(trainer.get_weights(), weights[epoch], strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 1000, "3 epochs"])
+def test_the_best_epoch_is_saved_whatever_the_interval_is(tmp_path, every):
+    keras.utils.set_random_seed(0)
+    settings = looplab.Checkpoint(every=every, keep=1, monitor="val_loss")
+    trainer = recipe((X, Y), log_dir=tmp_path, optimizer=keras.optimizers.SGD(3.0), checkpoint=settings).trainer
+    history = trainer.fit(X, Y, batch_size=13, epochs=6, validation_data=(X, Y), verbose=0).history
+    assert history["val_loss"][-1] > min(history["val_loss"])
+    trainer.restore("best")
+    assert trainer.evaluate(X, Y, verbose=0)["loss"] == pytest.approx(min(history["val_loss"]), rel=1e-5)
+
+
+def test_what_a_run_was_made_with_is_told_where_it_is_otherwise(tmp_path):
+    def run(**options):
+        return recipe((X, Y), log_dir=tmp_path, **options).trainer.fit(X, Y, epochs=2, verbose=0, resume=True)
+
+    run(optimizer=keras.optimizers.Adam(0.01))
+    with pytest.warns(UserWarning, match=r"learning_rate of `optimizer` was 0\.01, and now it is 0\.02"):
+        run(optimizer=keras.optimizers.Adam(0.02))
 
 
 @pytest.mark.parametrize(("every", "left"), [(3, 4), ("2 epochs", 3), ("1 second", 2)])

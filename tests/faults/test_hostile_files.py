@@ -95,7 +95,7 @@ def make_trainer(run):
         optimizer=keras.optimizers.SGD(0.1),
         loss=loss,
         log_dir=run,
-        checkpoint=looplab.Checkpoint(every=4, keep=3),
+        checkpoint=looplab.Checkpoint(every=4, keep=3) if run else None,
     )
 
 
