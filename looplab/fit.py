@@ -53,6 +53,7 @@ class Fit:
         self._begun = self.train.begun  # how often the data was, where the epoch is gone on with
         self._logs: dict[str, float] = {}
         self._began = False  # whether there is something new to save
+        self._saved_steps = 0 if self.saved is None else self.saved.tree["steps"]
         self._at_first: list[dict[str, Any]] = []  # the attributes of callbacks, before and after they began
         self._before_validation: dict[str, Any] | None = None
         self._interrupts = Interrupts(self.trainer._stop.value, active=self.checkpoints is not None)
@@ -100,9 +101,8 @@ class Fit:
         if self.checkpoints is not None and monitor is not None:
             if not eagerly and monitor not in names:
                 near = difflib.get_close_matches(monitor, names, 1) or [n for n in names if n != LEARNING_RATE]
-                raise ValueError(
-                    f"`monitor` must be in the logs of an epoch; {monitor!r} came. There is {', '.join(map(repr, near))}."
-                )
+                there = ", ".join(map(repr, near))
+                raise ValueError(f"`monitor` must be in the logs of an epoch; {monitor!r} came. There is {there}.")
             self.checkpoints.prefer(lower_is_better(monitor, self._settings.mode, trainer.metrics))
         if self.saved is not None:
             variables = trainer._all_state()
@@ -131,7 +131,8 @@ class Fit:
             if run_eagerly and self.saved is not None:
                 raise ValueError(
                     f"`run_eagerly` with `resume`: a step is traced once before, so that its variables are there, and "
-                    f"{type(error).__name__} came. Put what looks at values under `if self.run_eagerly:`."
+                    f"{type(error).__name__} came: {' '.join(str(error).split())[-300:]}. Put what looks at "
+                    f"values under `if self.run_eagerly:`."
                 ) from error
             raise
         finally:
@@ -195,9 +196,8 @@ class Fit:
                 self._save()
             assert checkpoints is not None
             checkpoints.wait()
-            steps = self.saved.tree["steps"] if self.saved is not None and not self._began else trainer.steps
             print(
-                f"looplab: {interrupted.received.name}: {steps} steps are saved in {trainer.log_dir}. "
+                f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {trainer.log_dir}. "
                 f"To go on: `fit(..., resume=True)`, or --resume {trainer.log_dir} on a recipe's command line.",
                 file=sys.stderr,
             )
@@ -214,6 +214,7 @@ class Fit:
     def _save(self) -> None:
         assert self.checkpoints is not None
         state = self._before_validation or self._state_now()
+        self._saved_steps = state["steps"]
         most = resume.most_bytes(self.trainer._all_state())
         self.checkpoints.commit(state["steps"], state["epochs"], state, most, self.trainer._events.files())
 

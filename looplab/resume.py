@@ -102,8 +102,9 @@ def check(variables: dict[str, Any], saved: dict[str, dict[str, Any]], checkpoin
         here, there = mine.get(path, "nothing"), other.get(path, "nothing")
         # Names are for people: Keras counts them through a process.
         if here.rpartition(", ")[2] != there.rpartition(", ")[2] or "nothing" in (here, there):
+            where = "`metrics`" if path.startswith("_compiled") else path
             raise CheckpointError(
-                f"checkpoint {checkpoint} is of another architecture: at {path} it has {there}, and this trainer has "
+                f"checkpoint {checkpoint} is of another architecture: at {where} it has {there}, and this trainer has "
                 f"{here}. Make the trainer as it was; to start afresh from its weights alone, use `load_weights`."
             )
 

@@ -75,6 +75,20 @@ def test_the_step_can_be_gone_through_again_line_by_line(line, tmp_path):
     assert seen == [4]
 
 
+def test_what_cannot_be_traced_is_told_where_it_is_to_be_gone_through_again(line, tmp_path):
+    class Looking(looplab.Trainer):
+        def train_step(self, batch):
+            logs = super().train_step(batch)
+            return {**logs, "seen": tf.constant(logs["loss"].numpy() if looks else 0.0)}
+
+    for looks in (False, True):
+        trainer = Looking(net(), optimizer="adam", loss="mse", seed=0, log_dir=tmp_path, run_eagerly=looks)
+        with pytest.raises((FloatingPointError, ValueError)) as caught:
+            trainer.fit(poisoned(line, 34), verbose=0, resume=looks)
+    assert "numpy" in str(caught.value)
+    assert "under `if self.run_eagerly:`" in str(caught.value)
+
+
 def test_steps_can_be_passed_over_and_count_nowhere(line, tmp_path):
     class Counting(looplab.Trainer):
         def train_step(self, batch):
