@@ -56,8 +56,8 @@ class Loop:
         element_spec: The signature of a batch, as `tf.data` tells it.
         image_every: For each image's name, n: it is kept at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
         strategy: Where the step runs. The replicas' scalars are averaged, weighed by the examples that each had.
-        state: Tells the variables that are brought back to what they were where a step had a fault.
-        changed: Tells which of them that step may have changed.
+        state: Tells, before a step, the variables that are kept as they were then.
+        changed: Tells, after it, the variables that it may have changed: where it had a fault, they are brought back.
         forget: Called in the graph when that is done.
         stop: A bool variable: once it is true, the running step is the last.
         jit_compile: Whether XLA compiles the step.
@@ -71,7 +71,7 @@ class Loop:
         image_every: dict[str, int],
         strategy: tf.distribute.Strategy,
         state: Callable[[], Sequence[Any]] = lambda: (),
-        changed: Callable[[Sequence[Any]], Sequence[Any]] = lambda variables: variables,
+        changed: Callable[[], Sequence[Any]] = lambda: (),
         forget: Callable[[], None] = lambda: None,
         stop: tf.Variable | None = None,
         jit_compile: bool = False,
@@ -83,6 +83,8 @@ class Loop:
         self._strategy = strategy
         self._state = state
         self._changed = changed
+        self.unkept: list[Any] = []
+        """Variables that would have to be brought back, and were not kept."""
         self._forget = forget
         self._stop = tf.Variable(False, trainable=False) if stop is None else stop
         self._scalar_names: list[str] = []
@@ -155,7 +157,7 @@ class Loop:
 
     def _whole_step(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, StepLogs]:
         """One step on all replicas: the count of examples, and float64 means weighed by it."""
-        before = {id(variable): (variable, tf.convert_to_tensor(variable)) for variable in self._state()}
+        before = {id(variable): tf.convert_to_tensor(variable) for variable in self._state()}
 
         def replica_step(batch, number):
             logs = self._step(batch, number)
@@ -175,11 +177,13 @@ class Loop:
             fault = self._worst(fault)
         images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
 
-        changed = self._changed([variable for variable, _ in before.values()])
+        changed = self._changed()
+        self.unkept = [variable for variable in changed if id(variable) not in before]
 
         def bring_back() -> None:
             for variable in changed:
-                variable.assign(before[id(variable)][1])
+                if id(variable) in before:
+                    variable.assign(before[id(variable)])
             self._forget()
 
         tf.cond(tf.equal(fault, 0), lambda: None, bring_back)

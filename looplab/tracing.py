@@ -44,10 +44,14 @@ class Traces(Logs):
 
         def make() -> Loop:
             step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
-            if kind == "train" and not eagerly:
+            learns = kind == "train"
+            if learns and not eagerly:
                 self._stray_variables = _Hidden([])
-            metrics = None
-            while metrics != self.metrics:  # those that a trace makes are seen by the next alone
+            metrics, loop = None, None
+            kept: list[Any] = []
+            # Metrics that a trace makes are seen by the next alone. What a guarded update alone changes is not kept,
+            # which would cost a copy; that there is more to keep is known once the step was traced.
+            while loop is None or metrics != self.metrics or loop.unkept:
                 metrics = self.metrics
                 with self._recording():
                     loop = Loop(
@@ -55,14 +59,15 @@ class Traces(Logs):
                         element_spec,
                         self._image_every[kind],
                         self.strategy,
-                        self._changeable if kind == "train" else list,
-                        self._guard.to_bring_back,
+                        (lambda: self._changeable() if eagerly else [*self._untrained(), *kept]) if learns else list,
+                        (lambda: self._guard.to_bring_back(self._changeable())) if learns else list,
                         self._guard.forget,
                         self._stop.value,
                         self.jit_compile,
                         eagerly,
                     )
-            if kind == "train" and not eagerly:
+                kept.extend(loop.unkept)
+            if learns and not eagerly:
                 self._find_strays(loop)
             return loop
 
