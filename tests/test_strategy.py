@@ -51,7 +51,7 @@ def test_a_last_batch_may_leave_a_replica_without_rows(line, two_devices):
 
 
 def test_two_replicas_resume_to_the_same_bits(line, two_devices):
-    x, y = (part[:44] for part in line)  # no replica without rows, of which batch normalisation makes NaN
+    x, y = (part[:40] for part in line)  # no replica without rows, of which batch normalisation makes NaN
 
     def build(**options):
         with two_devices.scope():
@@ -59,6 +59,6 @@ def test_two_replicas_resume_to_the_same_bits(line, two_devices):
             trainer = looplab.Trainer(
                 keras.Sequential(inner), optimizer=keras.optimizers.Adam(), loss="mse", metrics=["mae"], **options
             )
-        return looplab.Recipe(trainer, (x, y), validation=(x, y), epochs=2, batch_size=12)
+        return looplab.Recipe(trainer, (x, y), validation=(x, y), epochs=2, batch_size=24)
 
-    assert_resume_exact(build, 6)
+    assert_resume_exact(build, 3)

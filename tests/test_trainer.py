@@ -474,7 +474,7 @@ def test_an_exchanged_optimizer_is_the_one_that_trains(line):
     """Also where it lies in memory where the old one was."""
     x, y = line
     trainer = looplab.Trainer(functional(), optimizer="sgd", loss="mse")
-    for _ in range(12):
+    for _ in range(6):
         trainer.fit(x, y, batch_size=100, verbose=0)
         assert int(trainer.optimizer.iterations) == 1
         trainer.optimizer = None
