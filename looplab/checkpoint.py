@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -188,9 +189,10 @@ class Checkpoints:
 
     def _retain(self) -> None:
         """Removes all but the newest, the best, and the last of each `fit`."""
-        paths = self.paths()
-        for path in {*paths[self._keep :]} - {self.best(), *self._last_of_fits().values()}:
-            self._remove(path)
+        paths, best = self.paths(), self.best()
+        for path, newer in itertools.pairwise(reversed(paths[self._keep - 1 :])):
+            if path != best and self._fit_of(path) in (self._fit_of(newer), None):
+                self._remove(path)
 
     def _remove(self, path: Path) -> None:
         """A folder that is half removed must not have the name of a whole one."""
@@ -216,16 +218,19 @@ class Checkpoints:
 
     def last_of_fit(self, number: int) -> Saved | None:
         """The last one of a call of `fit` (from 0) of this run; None where there is none, or it is damaged."""
-        with contextlib.suppress(KeyError, CheckpointError):
-            return Saved(self._last_of_fits()[number])
+        for path in self.paths():
+            if self._fit_of(path) == number:
+                with contextlib.suppress(CheckpointError):
+                    return Saved(path)
+                return None
         return None
 
-    def _last_of_fits(self) -> dict[Any, Path]:
-        found: dict[Any, Path] = {}
-        for path in self.paths():
-            with contextlib.suppress(CheckpointError):
-                found.setdefault(read_tree(path).get("fit"), path)
-        return found
+    def _fit_of(self, path: Path) -> int | None:
+        """In which call of `fit` it was saved; None where it is damaged."""
+        try:
+            return read_tree(path).get("fit")
+        except CheckpointError:
+            return None
 
     def is_best(self, monitored: float) -> bool:
         """Whether this monitored value is better than that of each of them."""

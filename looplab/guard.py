@@ -78,10 +78,9 @@ class Guard:
         self._fault = tf.Variable(0, trainable=False, name="fault", **on_read)
         self._messages = [""]  # by code
         self._reported: dict[int, bool] = {}  # by thread, which is a replica: whether the traced step reports anything
-        self._guarded: list[
-            list[tf.Operation]
-        ] = []  # of the traced step, by `apply`: what changes nothing where it finds a fault
-        self._is_last = True  # whether nothing was reported after
+        # Of the traced step: the operations of each `apply`, which change nothing where it finds a fault.
+        self._guarded: list[list[tf.Operation]] = []
+        self._is_last = True  # whether nothing was reported after the last of them
 
     def fault(self) -> tf.Tensor:
         """int32: 0, or the code of the first fault of the running step on this replica."""
@@ -147,11 +146,8 @@ class Guard:
             for index, tensor in enumerate(operation.inputs)
             if tensor.dtype == tf.resource and index not in _only_read(operation)
         }
-        return [
-            v
-            for v in variables
-            if id(graph.capture((v.value if isinstance(v, keras.Variable) else v).handle)) in handles
-        ]
+        plain = [variable.value if isinstance(variable, keras.Variable) else variable for variable in variables]
+        return [v for v, inner in zip(variables, plain, strict=True) if id(graph.capture(inner.handle)) in handles]
 
     def apply(
         self,

@@ -109,6 +109,11 @@ def subclassed_of_images():
     return model
 
 
+def images_to_labels():
+    inputs = layers.Input((8, 8, 1))
+    return keras.Model(inputs, layers.Conv2D(3, 2, strides=2)(inputs))
+
+
 def two_outputs():
     inputs = layers.Input((4,))
     return keras.Model(inputs, {"kind": layers.Dense(3)(inputs), "height": layers.Dense(1)(inputs)})
@@ -852,6 +857,11 @@ ERRORS = {
         )
         for key in ("a", -1, 1.5)
     },
+    "class_weight for several targets of each example": (
+        ValueError,
+        ["`class_weight` needs one target for each example", "(None, 4, 4) came"],
+        lambda _: fit(PIXELS / 255, np.zeros((12, 4, 4), int), images_to_labels, class_weight={0: 1.0, 1: 2.0}),
+    ),
     'Checkpoint(mode="best")': (
         ValueError,
         ["`mode` must be", '"min"', '"max"', "'best' came"],
@@ -1089,6 +1099,16 @@ def shuffled(place, resume=False):
     trainer(log_dir=place.folder / "run").fit(data, resume=resume, verbose=0)
 
 
+def of_several():
+    tf.random.set_seed(None)
+    return tf.data.Dataset.range(2).flat_map(lambda number: batches(X, LABELS).shuffle(9))
+
+
+def with_generator():
+    generator = tf.random.Generator.from_seed(1)
+    return batches(X, LABELS).map(lambda x, y: (x + generator.normal(tf.shape(x)), y))
+
+
 LOGITS_WANTED = "`loss` has from_logits=True, and the outputs are probabilities"
 PROBABILITIES_WANTED = "`loss` takes probabilities, and the outputs are none"
 PIXELS_TOLD = "`x` looks like images from 0 to 255.*divide by 255.*Rescaling"
@@ -1167,6 +1187,14 @@ WARNINGS = {
     "data set that shuffles without a seed, to be saved": (
         "`x` has `shuffle` without a `seed`.*`dataset.shuffle\\(1000, seed=0\\)`",
         shuffled,
+    ),
+    "data set that shuffles within another without a seed, to be saved": (
+        "`x` has `shuffle` without a `seed` in `flatmap`.*seed",
+        lambda place: trainer(log_dir=place.folder / "run").fit(of_several(), verbose=0),
+    ),
+    "data set with a generator of its own, to be saved": (
+        "`x` has RngReadAndSkip in `map`.*seed",
+        lambda place: trainer(log_dir=place.folder / "run").fit(with_generator(), verbose=0),
     ),
     "data set that draws without a seed, to be saved": (
         "`x` has RandomUniform in `map`.*seed",

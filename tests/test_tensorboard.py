@@ -178,6 +178,17 @@ def graphs_in(folder):
     return sum(tf.compat.v1.Event.FromString(record.numpy()).HasField("graph_def") for record in records)
 
 
+def test_a_run_stays_in_its_folder_wherever_the_program_goes(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = looplab.Trainer(keras.Sequential([keras.layers.Dense(1)]), optimizer="sgd", loss="mse", log_dir="run")
+    trainer.fit(*line, verbose=0)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    trainer.fit(*line, verbose=0)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert trainer.log_dir == tmp_path / "run"
+
+
 def test_the_graph_is_written_once(tmp_path):
     trainer = small_trainer(log_dir=tmp_path)
     fit(trainer)
