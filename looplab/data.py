@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.arrays import is_arrays, to_arrays
+from looplab.warn import warn
 
 # Kernels that count for themselves; the stateless ones, and those of `tf.random.Generator`, do not.
 _UNSAVED_RANDOM = {
@@ -49,6 +50,8 @@ class Batches:
     """What is random in it, and will be otherwise the next time."""
     dataset: tf.data.Dataset | None = None
     """The user's own, where it shuffles anew each time that it is begun."""
+    steps_given: bool = False
+    """Whether an epoch may end before the data does."""
 
     @property
     def begun(self) -> int:
@@ -58,17 +61,23 @@ class Batches:
     def iterate(self, epoch: int, batch: int = 0) -> Iterator:
         """An iterator over `start(epoch, batch)`."""
         if self.dataset is not None:
-            _begun[self.dataset] = self.begun + 1
+            draws_more = self.continues or (self.steps_given and not _draws_when_begun(self.dataset))
+            _begun[self.dataset] = _UNKNOWN if draws_more or self.begun >= _UNKNOWN else self.begun + 1
         return iter(self.start(epoch, batch))
 
     def advance(self, begun: int) -> None:
         """Brings its data set to the order that it has when it was begun so often.
 
+        Where that cannot be known, because it was only read in part and draws an order as it is read, warns.
+
         Raises:
             ValueError: It was begun more often.
         """
-        if self.dataset is None:
+        if self.dataset is None or self.begun == begun:
             return
+        if begun >= _UNKNOWN:
+            _begun[self.dataset] = _ELSEWHERE
+            return self.check_order()
         if self.begun > begun:
             raise ValueError(
                 f"`{self.name}` is a data set that shuffles anew each time, and has given the order that is needed now "
@@ -81,7 +90,22 @@ class Batches:
                 collections.deque(passed, maxlen=0)
         _begun[self.dataset] = begun
 
+    def end(self) -> None:
+        """Notes that another process has read its data set, without end, in an earlier `fit`."""
+        if self.dataset is not None and self.continues:
+            _begun[self.dataset] = _ELSEWHERE
 
+    def check_order(self) -> None:
+        """Warns where its data set cannot be brought to the order that it would have."""
+        if self.begun == _ELSEWHERE:
+            warn(
+                f"`{self.name}` shuffles anew each time, and was read in parts before: it goes on in another order "
+                f"than it would have. Pass reshuffle_each_iteration=False to `shuffle` to go on to the same bits."
+            )
+
+
+_UNKNOWN = 2**52  # how often, where it draws orders that nobody counts
+_ELSEWHERE = _UNKNOWN + 1  # where another process did
 _begun: weakref.WeakKeyDictionary[tf.data.Dataset, int] = weakref.WeakKeyDictionary()
 
 
@@ -147,6 +171,7 @@ def from_arguments(
         start=lambda epoch, batch=0: first if (epoch, batch) == (begin, 0) else start(epoch, batch),
         element_spec=first.element_spec,
         described={"signature": str(first.element_spec), **described},
+        unseeded=batches.unseeded or (_unseeded(first) if isinstance(first, tf.data.Dataset) else ""),
     )
 
 
@@ -221,7 +246,7 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, traini
         return begun.skip(batch) if batch else begun
 
     known = steps or (size if size > 0 else None)
-    return Batches(name, start, known, False, unseeded=unseeded, dataset=own)
+    return Batches(name, start, known, False, unseeded=unseeded, dataset=own, steps_given=steps is not None)
 
 
 def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None, training: bool) -> Batches:
@@ -230,7 +255,10 @@ def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps:
     except TypeError as error:
         raise TypeError(f"`{name}` is a function, which must take the epoch alone: {error}.") from error
 
+    last: tuple[int, Any] = (-1, None)
+
     def start(epoch: int, batch: int) -> tf.data.Dataset:
+        nonlocal last
         dataset = function(epoch)
         if not isinstance(dataset, tf.data.Dataset):
             raise TypeError(
@@ -238,6 +266,12 @@ def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps:
                 f"for epoch {epoch} it returned {type(dataset).__name__}."
             )
         _from_dataset(name, dataset, steps, training)  # for what it checks
+        if dataset is last[1] and epoch != last[0] and _reshuffles(dataset):
+            raise ValueError(
+                f"`{name}` returned one data set for the epochs {last[0]} and {epoch}, and that shuffles anew each "
+                f"time: make it within the function, as with `shuffle(1000, seed=epoch)`."
+            )
+        last = epoch, dataset
         if training and steps is not None:
             dataset = dataset.repeat()
         dataset = dataset if steps is None else dataset.take(steps)
@@ -268,13 +302,18 @@ def _unseeded(dataset: tf.data.Dataset) -> str:
 
 def _reshuffles(dataset: tf.data.Dataset) -> bool:
     """Whether it may give another order each time that it is begun."""
-    is_shuffle = bool(getattr(dataset, "_reshuffle_each_iteration", False))
-    return is_shuffle or _has_datasets_within(dataset) or any(map(_reshuffles, dataset._inputs()))
+    names = ("_reshuffle_each_iteration", "_rerandomize")
+    return (
+        any(getattr(dataset, name, None) for name in names)
+        or _has_datasets_within(dataset)
+        or any(map(_reshuffles, dataset._inputs()))
+    )
 
 
 def _draws_when_begun(dataset: tf.data.Dataset) -> bool:
     """Whether it draws its order when an iterator is made, though nobody reads it; else some of it as it is read."""
-    if _has_datasets_within(dataset) or type(dataset).__name__ == "_RepeatDataset" or len(dataset._inputs()) > 1:
+    kind = type(dataset).__name__.strip("_")
+    if _has_datasets_within(dataset) or kind in ("RepeatDataset", "CacheDataset") or len(dataset._inputs()) > 1:
         return not _reshuffles(dataset)
     return all(map(_draws_when_begun, dataset._inputs()))
 

@@ -104,18 +104,26 @@ class Fit:
                 there = ", ".join(map(repr, near))
                 raise ValueError(f"`monitor` must be in the logs of an epoch; {monitor!r} came. There is {there}.")
             self.checkpoints.prefer(lower_is_better(monitor, self._settings.mode, trainer.metrics))
-        if self.saved is not None:
+        if self.saved is None:
+            self.train.check_order()
+        else:
             variables = trainer._all_state()
             self._state = self.saved.load(resume.most_bytes(variables))
             resume.check(variables, self._state["variables"], self.saved.path)
-            if self._state["epoch"] < self.epochs and not self.again:
-                self._advance_data(*self._state["begun"])
+            self._advance_data(*self._state["begun"])
 
     def _advance_data(self, train: int, validation: int) -> None:
-        """Brings data sets that shuffle anew to the orders that they had."""
-        self.train.advance(train)
+        """Brings data sets that shuffle anew to the orders that they had, where they are needed or a next `fit` is."""
+        is_over = self.again or self._state["stopped"] or self._state["epoch"] >= self.epochs
+        if is_over:
+            self.train.end()
+        if not (is_over and self.train.begun > train):
+            self.train.advance(train)
         if self.validation is not None and self.validation.dataset is not self.train.dataset:
-            self.validation.advance(validation)
+            try:
+                self.validation.advance(validation)
+            except ValueError as error:  # what is learned does not depend on it
+                warn(f"{error} Until then its batches are others than they would have been.")
 
     @contextlib.contextmanager
     def _able_to_trace(self) -> Iterator[bool]:

@@ -35,6 +35,7 @@ class Logs(Steps):
         self.epochs = 0
         self._events = RunWriter(self.log_dir)
         self._owners = 0
+        self._is_ours = False  # whether `fit` has said that the run in the folder is that of this trainer
         self._early: list[Callable[[], None]] = []  # what is logged before it is known whether a run goes on
 
     def log(self, name: str, value: Any) -> None:
@@ -103,7 +104,8 @@ class Logs(Steps):
         Raises:
             ValueError: It holds the run of another trainer, which cannot go on.
         """
-        if self.log_dir is not None and not self._events.begun and checks.may_go_on(self.log_dir):
+        undecided = not (self._events.begun or self._is_ours)
+        if self.log_dir is not None and undecided and checks.may_go_on(self.log_dir):
             if not self._early:  # at the end of the program, if `fit` never says
                 weakref.finalize(self, _warn_of_unwritten, self._early, self.log_dir)
             self._early.append(write)
@@ -124,7 +126,7 @@ class Logs(Steps):
         if self.log_dir is None or self._owners:
             yield
             return
-        if not (go_on or self._events.begun):
+        if not (go_on or self._events.begun or self._is_ours):
             checks.no_other_run(self.log_dir)
         with locked(self.log_dir):
             self._owners += 1

@@ -49,10 +49,11 @@ class Traces(Logs):
                 self._stray_variables = _Hidden([])
             metrics, loop = None, None
             kept: list[Any] = []
-            # Metrics that a trace makes are seen by the next alone. What a guarded update alone changes is not kept,
-            # which would cost a copy; that there is more to keep is known once the step was traced.
-            while loop is None or metrics != self.metrics or loop.unkept:
-                metrics = self.metrics
+            strays: list[Any] = []
+            # Metrics that a trace makes, and strays, are seen by the next alone. What a guarded update alone changes is
+            # not kept, which would cost a copy; that there is more to keep is known once the step was traced.
+            while loop is None or metrics != self.metrics or loop.unkept or len(strays) != len(self._strays()):
+                metrics, strays = self.metrics, self._strays()
                 with self._recording():
                     loop = Loop(
                         step,
@@ -67,8 +68,8 @@ class Traces(Logs):
                         eagerly,
                     )
                 kept.extend(loop.unkept)
-            if learns and not eagerly:
-                self._find_strays(loop)
+                if learns and not eagerly:
+                    self._find_strays(loop)
             return loop
 
         return self._traced_once(kind, (self.jit_compile, eagerly), element_spec, make)

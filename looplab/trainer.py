@@ -344,6 +344,7 @@ class Trainer(Epochs):
         for write in self._early:
             write()
         self._early.clear()
+        self._is_ours = True
         if saved is not None and saved.tree["fit"] < len(self._finished):
             saved = None  # of an earlier `fit` of this trainer
         return found, saved

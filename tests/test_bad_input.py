@@ -243,6 +243,15 @@ def built(place):
     return tested
 
 
+def of_one(dataset):
+    tested = trainer()
+    try:
+        tested.fit(lambda epoch: dataset, epochs=2, verbose=0)
+    finally:
+        assert tested.steps == 3
+        expected_weights[:] = [(tested.model, tested.get_weights())]
+
+
 def fit_skipping(steps):
     tested = trainer()
     tested.skip_nonfinite = steps
@@ -688,6 +697,11 @@ ERRORS = {
         ValueError,
         ["`x`", "(None, 4)", "(None, 3)"],
         lambda _: fit_batches(batches(X[:, :3], LABELS)),
+    ),
+    "function that returns one shuffled data set for all epochs": (
+        ValueError,
+        ["`x` returned one data set for the epochs 0 and 1", "within the function"],
+        lambda _: of_one(batches(X, LABELS).shuffle(9, seed=1)),
     ),
     # Numbers that are not finite.
     **{

@@ -77,7 +77,7 @@ def kept():
 CASES = {
     "arrays": lambda **o: recipe((X, Y), batch_size=13, **o),
     "callbacks": lambda **o: recipe((X, Y), batch_size=13, callbacks=kept(), optimizer="adam", **o),
-    "data sets that shuffle anew each epoch": lambda **o: recipe(batches(), validation=batches(), **o),
+    "data sets that shuffle anew each epoch": lambda **o: recipe(batches(), validation=batches().cache(), **o),
     "one that is validated on, too": lambda **o: (lambda dataset: recipe(dataset, dataset, **o))(batches()),
     "a data set of unknown length that shuffles anew twice each epoch": lambda **o: recipe(
         batches().unbatch().repeat(2).batch(25).filter(lambda x, y: True), **o
@@ -169,8 +169,8 @@ def test_early_stopping_has_stopped_for_good(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path, exchanges):
+@pytest.mark.parametrize(("exchanges", "ended_after"), [(True, 3), (False, 3), (False, 0)])
+def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path, exchanges, ended_after):
     def program(log_dir, epochs_of_second):
         keras.utils.clear_session(free_memory=False)
         keras.utils.set_random_seed(0)
@@ -179,20 +179,36 @@ def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path, excha
         stopping = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=9.0, restore_best_weights=True)
         first = trainer.fit(dataset, epochs=9, verbose=0, callbacks=[stopping], resume=True).history
         between = trainer.evaluate(X, Y, verbose=0), trainer.steps
+        if epochs_of_second == 0:
+            return None
+        trainer.log("between", between[0]["loss"])
         trainer.model.layers[0].trainable = False
         if exchanges:
             trainer.optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
         second = trainer.fit(dataset, epochs=epochs_of_second, verbose=0, resume=True).history
+        trainer.log("after", 1.0)
         return first, between, second, trainer.steps, trainer.get_weights()
 
     whole = program(tmp_path / "whole", 4)
-    program(tmp_path / "parts", 3)
-    parts = program(tmp_path / "parts", 4)
-    assert parts[:4] == whole[:4]
-    assert [len(parts[0]["loss"]), len(parts[2]["loss"])] == [2, 4]
-    for one, other in zip(parts[4], whole[4], strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert points(tmp_path / "parts") == points(tmp_path / "whole")
+    program(tmp_path / "parts", ended_after)
+    for _ in range(2):  # the second time all is done
+        parts = program(tmp_path / "parts", 4)
+        assert parts[:4] == whole[:4]
+        assert [len(parts[0]["loss"]), len(parts[2]["loss"])] == [2, 4]
+        for one, other in zip(parts[4], whole[4], strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
+def test_what_is_read_in_parts_and_shuffles_anew_is_told(tmp_path):
+    def run(epochs):
+        endless = batches().repeat()
+        trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+        trainer.fit(X, Y, epochs=epochs, validation_data=endless, validation_steps=1, verbose=0, resume=True)
+
+    run(1)
+    with pytest.warns(UserWarning, match="`validation_data` shuffles anew each time, and was read in parts"):
+        run(2)
 
 
 def test_a_data_set_that_cannot_give_its_order_again_is_refused(tmp_path):

@@ -25,7 +25,7 @@ ALLOWED = {
     **{name: set() for name in ALONE},
     "checkpoint": {"checks", "plain_files"},
     "checks": {"tracking", "warn"},
-    "data": {"arrays"},
+    "data": {"arrays", "warn"},
     "guard": {"tracking"},
     "plausible": {"guard", "pairs"},
     "summaries": {"projector", "warn"},
