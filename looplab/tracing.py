@@ -107,8 +107,10 @@ class Traces(Logs):
         """
         if self.strategy.num_replicas_in_sync > 1:
             return  # there the graph has other variables, the replicas' own
-        internal = {id(variable) for variable in (*self._guard.variables, *self._batch_metrics.variables)}
-        self._stray_variables = _Hidden([v for v in loop.variables if not v.trainable and id(v) not in internal])
+        self._stray_variables = _Hidden([])
+        held = (*self._changeable(), *self._guard.variables, *self._batch_metrics.variables)
+        known = {id(_value(variable)) for variable in held}
+        self._stray_variables = _Hidden([v for v in loop.variables if not v.trainable and id(v) not in known])
         if self.log_dir is not None and loop.graph is not None and (found := data.random_operations(loop.graph)):
             self._doubts.setdefault(
                 f"`train_step` has random numbers that no checkpoint can bring back ({', '.join(found)}): after a "
