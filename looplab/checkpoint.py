@@ -216,13 +216,14 @@ class Checkpoints:
         best = max(worth, key=worth.__getitem__, default=None)
         return None if best is None or worth[best] == -math.inf else best
 
-    def last_of_fit(self, number: int) -> Saved | None:
+    def last_of_fit(self, number: int, check: Callable[[Saved], None]) -> Saved | None:
         """The last one of a call of `fit` (from 0) of this run; None where there is none, or it is damaged."""
-        for path in self.paths():
-            if self._fit_of(path) == number:
-                with contextlib.suppress(CheckpointError):
-                    return Saved(path)
-                return None
+        path = next((path for path in self.paths() if self._fit_of(path) == number), None)
+        if path is not None:
+            with contextlib.suppress(CheckpointError):
+                saved = Saved(path)
+                check(saved)
+                return saved
         return None
 
     def _fit_of(self, path: Path) -> int | None:

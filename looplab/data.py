@@ -15,16 +15,9 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.arrays import is_arrays, to_arrays
+from looplab.randomness import draws_when_begun, find_unseeded, reshuffles
 from looplab.warn import warn
 
-# Kernels that count for themselves; the stateless ones, and those of `tf.random.Generator`, do not.
-_UNSAVED_RANDOM = {
-    *("RandomStandardNormal", "RandomUniform", "RandomUniformInt", "TruncatedNormal", "ParameterizedTruncatedNormal"),
-    *("RandomShuffle", "RandomGamma", "RandomPoisson", "RandomPoissonV2", "Multinomial"),
-    *("SampleDistortedBoundingBox", "SampleDistortedBoundingBoxV2", "RandomCrop"),
-}
-# Within a data set, a generator that counts for itself is no variable of the trainer's.
-_COUNTING = {"RngReadAndSkip", "RngSkip", "AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
 _BUFFER = 4  # batches that are made ready while the graph computes
 
 
@@ -61,7 +54,7 @@ class Batches:
     def iterate(self, epoch: int, batch: int = 0) -> Iterator:
         """An iterator over `start(epoch, batch)`."""
         if self.dataset is not None:
-            draws_more = self.continues or (self.steps_given and not _draws_when_begun(self.dataset))
+            draws_more = self.continues or (self.steps_given and not draws_when_begun(self.dataset))
             _begun[self.dataset] = _UNKNOWN if draws_more or self.begun >= _UNKNOWN else self.begun + 1
         return iter(self.start(epoch, batch))
 
@@ -86,7 +79,7 @@ class Batches:
             )
         for _ in range(begun - self.begun):
             passed = iter(self.dataset)
-            if not _draws_when_begun(self.dataset):
+            if not draws_when_begun(self.dataset):
                 collections.deque(passed, maxlen=0)
         _begun[self.dataset] = begun
 
@@ -171,7 +164,7 @@ def from_arguments(
         start=lambda epoch, batch=0: first if (epoch, batch) == (begin, 0) else start(epoch, batch),
         element_spec=first.element_spec,
         described={"signature": str(first.element_spec), **described},
-        unseeded=batches.unseeded or (_unseeded(first) if isinstance(first, tf.data.Dataset) else ""),
+        unseeded=batches.unseeded or (find_unseeded(first) if isinstance(first, tf.data.Dataset) else ""),
     )
 
 
@@ -230,8 +223,8 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, traini
     size = int(dataset.cardinality())
     if size == 0:
         raise ValueError(f"`{name}` is an empty data set. Pass at least one batch.")
-    unseeded = _unseeded(dataset)
-    own = dataset if _reshuffles(dataset) else None
+    unseeded = find_unseeded(dataset)
+    own = dataset if reshuffles(dataset) else None
     if steps is not None and training:
         endless = dataset.repeat()
         return Batches(
@@ -266,7 +259,7 @@ def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps:
                 f"for epoch {epoch} it returned {type(dataset).__name__}."
             )
         _from_dataset(name, dataset, steps, training)  # for what it checks
-        if dataset is last[1] and epoch != last[0] and _reshuffles(dataset):
+        if dataset is last[1] and epoch != last[0] and reshuffles(dataset):
             raise ValueError(
                 f"`{name}` returned one data set for the epochs {last[0]} and {epoch}, and that shuffles anew each "
                 f"time: make it within the function, as with `shuffle(1000, seed=epoch)`."
@@ -278,57 +271,6 @@ def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps:
         return dataset.skip(batch) if batch else dataset
 
     return Batches(name, start, steps, False)  # without `steps`, an epoch may be longer than another
-
-
-def _unseeded(dataset: tf.data.Dataset) -> str:
-    """What is random in a data set's pipeline without a seed, or ""."""
-    for inner in dataset._inputs():
-        if found := _unseeded(inner):
-            return found
-    seeds = getattr(dataset, "_seed", None), getattr(dataset, "_seed2", None)
-    kind = type(dataset).__name__.strip("_").removesuffix("Dataset").lower()
-    if all(seed is not None and int(seed) == 0 for seed in seeds):
-        return f"`{kind}` without a `seed`"
-    function = getattr(getattr(dataset, "_map_func", None), "function", None)
-    if function is None:
-        return ""
-    graph = function.graph
-    shuffles = [o for o in graph.get_operations() if o.type.startswith("ShuffleDataset")]
-    if any(tf.get_static_value(seed) == 0 for o in shuffles for seed in o.inputs[2:3]):
-        return f"`shuffle` without a `seed` in `{kind}`"
-    counting = [o.type for o in graph.get_operations() if o.type in _COUNTING]
-    return next((f"{operation} in `{kind}`" for operation in [*random_operations(graph), *counting]), "")
-
-
-def _reshuffles(dataset: tf.data.Dataset) -> bool:
-    """Whether it may give another order each time that it is begun."""
-    names = ("_reshuffle_each_iteration", "_rerandomize")
-    return (
-        any(getattr(dataset, name, None) for name in names)
-        or _has_datasets_within(dataset)
-        or any(map(_reshuffles, dataset._inputs()))
-    )
-
-
-def _draws_when_begun(dataset: tf.data.Dataset) -> bool:
-    """Whether it draws its order when an iterator is made, though nobody reads it; else some of it as it is read."""
-    kind = type(dataset).__name__.strip("_")
-    if _has_datasets_within(dataset) or kind in ("RepeatDataset", "CacheDataset") or len(dataset._inputs()) > 1:
-        return not _reshuffles(dataset)
-    return all(map(_draws_when_begun, dataset._inputs()))
-
-
-def _has_datasets_within(dataset: tf.data.Dataset) -> bool:
-    """Whether its function gives data sets that were made outside of it."""
-    function = getattr(getattr(dataset, "_map_func", None), "function", None)
-    return function is not None and any(tensor.dtype == tf.variant for tensor in function.captured_inputs)
-
-
-def random_operations(graph: tf.Graph) -> list[str]:
-    """The operations of a graph whose random numbers no variable leads to: none can bring them back."""
-    definition = graph.as_graph_def()
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    return sorted({node.op for node in nodes if node.op in _UNSAVED_RANDOM})
 
 
 def _check_signature(name: str, dataset: tf.data.Dataset) -> None:

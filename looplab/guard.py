@@ -51,17 +51,16 @@ class Fault(Exception):  # noqa: N818  (`error` makes an error of it)
         text = text[0].upper() + text[1:]
         if self.code < 0:
             return ValueError(f"{text} Nothing was learned from that batch.")
-        kept = "The update was not made."
         advice = "Remove or replace such rows" if "itself is not finite" in text else _ADVICE
         advice += "; `trainer.skip_nonfinite = n` passes over up to n such steps in a row."
         if log_dir is None:
-            return FloatingPointError(f"{text} {kept} {advice}")
+            return FloatingPointError(f"{text} The update was not made. {advice}")
         file = log_dir / "nonfinite" / f"step-{step}.npz"
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, **self.batch)  # type: ignore[arg-type]
         return FloatingPointError(
-            f"{text} {kept} The batch is in {file}; a trainer with `run_eagerly=True` goes through it again, line by "
-            f"line, with `fit(..., resume=True)`. {advice}"
+            f"{text} The update was not made. The batch is in {file}; a trainer with `run_eagerly=True` goes through "
+            f"it again, line by line, with `fit(..., resume=True)`. {advice}"
         )
 
 

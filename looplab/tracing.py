@@ -13,6 +13,7 @@ import tensorflow as tf
 from looplab import data
 from looplab.log import Logs
 from looplab.loop import Loop
+from looplab.randomness import random_operations
 from looplab.tracking import of_each_replica
 from looplab.warn import warn
 
@@ -111,7 +112,7 @@ class Traces(Logs):
         held = (*self._changeable(), *self._guard.variables, *self._batch_metrics.variables)
         known = {id(_value(variable)) for variable in held}
         self._stray_variables = _Hidden([v for v in loop.variables if not v.trainable and id(v) not in known])
-        if self.log_dir is not None and loop.graph is not None and (found := data.random_operations(loop.graph)):
+        if self.log_dir is not None and loop.graph is not None and (found := random_operations(loop.graph)):
             self._doubts.setdefault(
                 f"`train_step` has random numbers that no checkpoint can bring back ({', '.join(found)}): after a "
                 f"resume they are others. Use `keras.random` with `seed=self.seed_generator`, or a layer's own "
@@ -120,10 +121,7 @@ class Traces(Logs):
             )
 
     def _strays(self) -> list[tf.Variable]:
-        known = {
-            id(variable) for optimizer in self.optimizers.values() for variable in map(_value, optimizer.variables)
-        }
-        return [v for v in self._stray_variables.value if id(v) not in known]
+        return self._stray_variables.value
 
     def _warn_of_retraces(self, kind: str, element_spec: Any) -> None:
         """Once, at the third trace: a step is traced for the training's data, and it may be for one other."""

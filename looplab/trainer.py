@@ -149,7 +149,7 @@ class Trainer(Epochs):
             again = saved is not None and saved.tree["fit"] > number
             if checkpoints is not None and saved is not None and again:
                 print(f"looplab: call {number + 1} of `fit` in {self.log_dir} was finished before.", flush=True)
-                newest, saved = saved, checkpoints.last_of_fit(number)
+                newest, saved = saved, checkpoints.last_of_fit(number, state.check_structure)
                 if saved is None:
                     return self._left_as_it_is(newest.tree["finished"][number])
             writes = checkpoints is not None and self.checkpoint is not None and not again

@@ -1,6 +1,7 @@
 """Training that goes on where it ended, within one process; `tests/faults` kills real ones."""
 
 import functools
+import hashlib
 import json
 import shutil
 
@@ -198,6 +199,22 @@ def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path, excha
         for one, other in zip(parts[4], whole[4], strict=True):
             np.testing.assert_array_equal(one, other)
         assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
+def test_where_the_last_checkpoint_of_an_earlier_fit_is_malformed_it_is_told(tmp_path):
+    def program():
+        trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+        return [trainer.fit(X, Y, epochs=2, verbose=0, resume=True).history for _ in range(2)]
+
+    whole = program()
+    (first,) = (tmp_path / "checkpoints").glob("step-2-epoch-2")
+    content = json.dumps(json.loads((first / "state.json").read_text()) | {"means": []}).encode()
+    (first / "state.json").write_bytes(content)
+    manifest = json.loads((first / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (first / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="The last checkpoint of that call is gone"):
+        assert program() == whole
 
 
 def test_what_is_read_in_parts_and_shuffles_anew_is_told(tmp_path):
