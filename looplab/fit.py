@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from looplab import resume
+from looplab import state
 from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.data import Batches
 from looplab.epoch import Progress
 from looplab.guard import Fault
 from looplab.interrupts import Interrupted, Interrupts
 from looplab.metrics import lower_is_better
-from looplab.plain_files import CheckpointError, Saved
+from looplab.plain_files import Saved
+from looplab.resume import Resumed
 from looplab.steps import LEARNING_RATE
 from looplab.warn import warn
 
@@ -40,12 +41,11 @@ class Fit:
     epochs: int
     checkpoints: Checkpoints | None
     """None where nothing is saved."""
-    saved: Saved | None
+    resumed: Resumed
     """Where to go on."""
-    again: bool = False
-    """Whether it was finished before: all is brought to where it ended, and nothing is written."""
 
     def __post_init__(self) -> None:
+        self.saved = self.resumed.saved
         self._settings = self.trainer.checkpoint or Checkpoint()
         self._epoch = self.first_epoch
         self._in_epoch = False
@@ -64,14 +64,14 @@ class Fit:
         with self._interrupts, self._saving():
             with self._interrupts.at_once():
                 self._prepare()
-            self._at_first.append(resume.attributes(self.callbacks.callbacks))
+            self._at_first.append(state.attributes(self.callbacks.callbacks))
             self.callbacks.on_train_begin()
-            self._at_first.append(resume.attributes(self.callbacks.callbacks))
+            self._at_first.append(state.attributes(self.callbacks.callbacks))
             if self.saved is not None:
                 self._go_on(self.saved)
             self._began = True
             iterator = None
-            while self._epoch < self.epochs and not trainer.stop_training and not self.again:
+            while self._epoch < self.epochs and not trainer.stop_training and not self.resumed.again:
                 if not self._in_epoch:
                     trainer._reset_metrics()
                     self.callbacks.on_epoch_begin(self._epoch)
@@ -108,13 +108,13 @@ class Fit:
             self.train.check_order()
         else:
             variables = trainer._all_state()
-            self._state = self.saved.load(resume.most_bytes(variables))
-            resume.check(variables, self._state["variables"], self.saved.path)
+            self._state = self.saved.load(state.most_bytes(variables))
+            state.check(variables, self._state["variables"], self.saved.path)
             self._advance_data(*self._state["begun"])
 
     def _advance_data(self, train: int, validation: int) -> None:
         """Brings data sets that shuffle anew to the orders that they had, where they are needed or a next `fit` is."""
-        is_over = self.again or self._state["stopped"] or self._state["epoch"] >= self.epochs
+        is_over = self.resumed.again or self._state["stopped"] or self._state["epoch"] >= self.epochs
         if is_over:
             self.train.end()
         if not (is_over and self.train.begun > train):
@@ -221,10 +221,10 @@ class Fit:
 
     def _save(self) -> None:
         assert self.checkpoints is not None
-        state = self._before_validation or self._state_now()
-        self._saved_steps = state["steps"]
-        most = resume.most_bytes(self.trainer._all_state())
-        self.checkpoints.commit(state["steps"], state["epochs"], state, most, self.trainer._events.files())
+        now = self._before_validation or self._state_now()
+        self._saved_steps = now["steps"]
+        most = state.most_bytes(self.trainer._all_state())
+        self.checkpoints.commit(now["steps"], now["epochs"], now, most, self.trainer._events.files())
 
     def _state_now(self) -> dict[str, Any]:
         """All that decides how the training goes on, copied."""
@@ -251,53 +251,29 @@ class Fit:
             "begun": [self._begun, 0 if self.validation is None else self.validation.begun],
             "events": trainer._events.sizes(),
             "callbacks": self._callback_states(),
-            "variables": resume.values(trainer._all_state()),
+            "variables": state.values(trainer._all_state()),
         }
 
     def _callback_states(self) -> dict[str, Any]:
-        return resume.changed(resume.attributes(self.callbacks.callbacks), *self._at_first)
+        return state.changed(state.attributes(self.callbacks.callbacks), *self._at_first)
 
     def _go_on(self, saved: Saved) -> None:
         """Brings everything to where it was saved, after the callbacks have begun: what they did then is undone."""
-        trainer, state = self.trainer, self._state
-        if state["in_epoch"]:
-            self.callbacks.on_epoch_begin(state["epoch"])
-        resume.assign(trainer._all_state(), state["variables"])
-        resume.restore_callbacks(self.callbacks.callbacks, state["callbacks"], saved.path)
-        trainer.steps, trainer.epochs, trainer._test_steps = state["steps"], state["epochs"], state["test_steps"]
-        trainer.skipped_steps, trainer.stop_training = state["skipped_steps"], state["stopped"]
-        trainer._finished = state["finished"]
-        if not self.again:
-            trainer._events.rewind(state["events"])
-        self._epoch, self._in_epoch, self._logs = state["epoch"], state["in_epoch"], state["logs"]
-        self._progress = Progress(state["batch"], state["ended"])
-        self._progress.means.restore(state["means"])
+        trainer, then = self.trainer, self._state
+        if then["in_epoch"]:
+            self.callbacks.on_epoch_begin(then["epoch"])
+        state.assign(trainer._all_state(), then["variables"])
+        state.restore_callbacks(self.callbacks.callbacks, then["callbacks"], saved.path)
+        trainer.steps, trainer.epochs, trainer._test_steps = then["steps"], then["epochs"], then["test_steps"]
+        trainer.skipped_steps, trainer.stop_training = then["skipped_steps"], then["stopped"]
+        trainer._finished = then["finished"]
+        if not self.resumed.again:
+            trainer._events.rewind(then["events"])
+        self._epoch, self._in_epoch, self._logs = then["epoch"], then["in_epoch"], then["logs"]
+        self._progress = Progress(then["batch"], then["ended"])
+        self._progress.means.restore(then["means"])
         if self.checkpoints is not None:  # one may go on without saving any more
             self.checkpoints.drop_newer(saved.path)
-
-
-def check_resumable(
-    saved: Saved, seed: int | None, described: dict[str, Any], made_with: dict[str, dict[str, str]]
-) -> None:
-    """What was saved is of the same seed and data, and warns where it is of another loss or optimizer.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    for name, before, now in [
-        ("seed", saved.tree["seed"], saved.tree["seed"] if seed is None else seed),
-        *((name, saved.tree["data"].get(name), value) for name, value in described.items()),
-    ]:
-        if before != now:
-            raise CheckpointError(
-                f"`resume`: the run in {saved.path.parent.parent} has {name} {before}, and now it is {now}. Pass what "
-                f"it was, or start another run in another `log_dir`."
-            )
-    for name, now in made_with.items():
-        before = saved.tree["made_with"].get(name) or {}
-        for setting in {**before, **now}:
-            if (was := before.get(setting)) != (is_now := now.get(setting)):
-                warn(f"`resume`: {setting} of `{name}` was {was}, and now it is {is_now}. What was saved goes on so.")
 
 
 def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:

@@ -113,6 +113,14 @@ class Logs(Steps):
         with self._owning():
             write()
 
+    def _settle_early(self, are_there: bool) -> None:
+        """Writes what was logged before it was known whether a run goes on, unless all of it is in its files."""
+        if not are_there:
+            for write in self._early:
+                write()
+        self._early.clear()
+        self._is_ours = True
+
     @contextlib.contextmanager
     def _owning(self, go_on: bool = False) -> Iterator[None]:
         """Within it, `log_dir` is this trainer's, and no other process can write to it.

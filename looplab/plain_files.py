@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import stat
@@ -18,22 +17,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import tensorflow as tf
+
+from looplab import safetensors
 
 _FORMAT = 1
 _ARRAYS, _STATE, _MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
 _MOST_BYTES = {_MANIFEST: 2**16, _STATE: 2**28}  # a hostile file shall not fill the memory
-_MOST_HEADER = 2**24
 _MOST_VALUES = 2**22  # of JSON, of which three bytes can become a dict of eighty
 _MOST_UNASKED = 2**32  # larger files are gone through once it is known that the trainer has as much
 _MALFORMED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
-# https://github.com/huggingface/safetensors#format: eight bytes with the header's length, the header as JSON, the data.
-_DTYPES = {
-    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"},
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64"},
-}
 
 
 class CheckpointError(ValueError):
@@ -73,7 +65,7 @@ class Saved:
             _verify(self.path / _ARRAYS, self._arrays)
         try:
             with _open(self.path / _ARRAYS) as file:
-                return _unflatten(self.tree, _parse_safetensors(file, most))
+                return _unflatten(self.tree, safetensors.parse(file, most))
         except (*_MALFORMED, struct.error) as error:
             raise damaged(self.path, f"{_ARRAYS} is malformed ({error})") from error
 
@@ -84,9 +76,9 @@ def write(folder: Path, tree: Any, arrays: dict[str, np.ndarray]) -> None:
     Raises:
         ValueError: It is so large that it could not be read again; nothing was written.
     """
-    header, state = _header(arrays), json.dumps(tree).encode()
+    header, state = safetensors.header(arrays), json.dumps(tree).encode()
     for name, size, most, unit in [
-        (f"the header of {_ARRAYS}", len(header), _MOST_HEADER, "bytes"),
+        (f"the header of {_ARRAYS}", len(header), safetensors.MOST_HEADER, "bytes"),
         (_STATE, len(state), _MOST_BYTES[_STATE], "bytes"),
         (_STATE, _count_values(state), _MOST_VALUES, "values"),
     ]:
@@ -95,7 +87,7 @@ def write(folder: Path, tree: Any, arrays: dict[str, np.ndarray]) -> None:
                 f"The checkpoint cannot be written: {name} would have {size} {unit}, and {most} are read at most. The "
                 f"largest part is {_largest_part(tree)}. Keep its numbers in one NumPy array, or keep fewer."
             )
-    written = {_ARRAYS: _write_file(folder / _ARRAYS, _safetensors(header, arrays))}
+    written = {_ARRAYS: _write_file(folder / _ARRAYS, safetensors.parts(header, arrays))}
     written[_STATE] = _write_file(folder / _STATE, [state])
     manifest = json.dumps({"format": _FORMAT, "files": written}, indent=1)
     _write_file(folder / _MANIFEST, [manifest.encode()])
@@ -140,7 +132,7 @@ def plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return type(value) in (list, tuple) and all(map(plain, value))
     if isinstance(value, (np.ndarray, np.generic)):
-        return value.dtype.name in _DTYPES
+        return value.dtype.name in safetensors.DTYPES
     return value is None or type(value) in (bool, int, float, str)
 
 
@@ -302,46 +294,3 @@ def _json(path: Path, name: str, content: bytes) -> Any:
 def damaged(path: Path, reason: str) -> CheckpointError:
     """What to raise where a checkpoint is not as it was written."""
     return CheckpointError(f"checkpoint {path} is damaged: {reason}.")
-
-
-def _header(arrays: dict[str, np.ndarray]) -> bytes:
-    """The header of a safetensors file, as JSON."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": _DTYPES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    return text + b" " * (-len(text) % 8)
-
-
-def _safetensors(header: bytes, arrays: dict[str, np.ndarray]) -> Iterable[Any]:
-    """The parts of a safetensors file."""
-    yield struct.pack("<Q", len(header)) + header
-    for array in arrays.values():
-        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _parse_safetensors(file: IO[bytes], most: int) -> dict[str, np.ndarray]:
-    """The arrays; ValueError, KeyError, TypeError or struct.error where the file is malformed."""
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > _MOST_HEADER:
-        raise ValueError(f"its header has {length} bytes")
-    header = json.loads(file.read(length))
-    names = {short: name for name, short in _DTYPES.items()}
-    arrays: dict[str, np.ndarray] = {}
-    end = 0
-    for name, entry in header.items():
-        dtype = np.dtype(tf.as_dtype(names[entry["dtype"]]).as_numpy_dtype).newbyteorder("<")
-        shape = [int(size) for size in entry["shape"]]
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        if min([0, *shape]) < 0 or entry["data_offsets"] != [begin, end]:
-            raise ValueError(f"{name} of shape {shape} and {dtype.name} cannot be at {entry['data_offsets']}")
-        if end > most:
-            raise ValueError(f"it has more than {most} bytes, and is not of this trainer")
-        arrays[name] = np.frombuffer(bytearray(file.read(end - begin)), dtype).reshape(shape)
-    return arrays

@@ -10,16 +10,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab import checks, data, plausible
-from looplab import resume as state
+from looplab import checks, data, plausible, state
 from looplab.arrays import held_out, is_arrays
 from looplab.callbacks import EpochLine, ProgressBar
 from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.epoch import Epochs, joined
-from looplab.fit import Fit, check_resumable
+from looplab.fit import Fit
 from looplab.guard import Fault
 from looplab.metrics import lower_is_better
 from looplab.plain_files import Saved
+from looplab.resume import Resumed, find
 from looplab.warn import warn
 
 
@@ -144,17 +144,12 @@ class Trainer(Epochs):
         given = list(callbacks or [])
         checks.callbacks(given)
         with self._owning(go_on=resume):
-            checkpoints, saved = self._checkpoints(resume)
-            number = len(self._finished)
-            again = saved is not None and saved.tree["fit"] > number
-            if checkpoints is not None and saved is not None and again:
-                print(f"looplab: call {number + 1} of `fit` in {self.log_dir} was finished before.", flush=True)
-                newest, saved = saved, checkpoints.last_of_fit(number, state.check_structure)
-                if saved is None:
-                    return self._left_as_it_is(newest.tree["finished"][number])
-            writes = checkpoints is not None and self.checkpoint is not None and not again
-            if saved is not None and self._given_seed is None:
-                self.seed = saved.tree["seed"]
+            checkpoints, resumed = self._checkpoints(resume)
+            if resumed.again and resumed.saved is None:
+                return self._left_as_it_is(resumed)
+            writes = checkpoints is not None and self.checkpoint is not None and not resumed.again
+            if resumed.saved is not None and self._given_seed is None:
+                self.seed = resumed.saved.tree["seed"]
             if validation_split and validation_data is None:
                 x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
             first = max(self.epochs, initial_epoch)
@@ -166,8 +161,7 @@ class Trainer(Epochs):
                 val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
                 size = validation_batch_size or (batch_size if is_arrays(val_x) else None)
                 validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
-            if saved is not None:
-                check_resumable(saved, self._given_seed, train.described, self._made_with)
+            resumed.check(self._given_seed, train.described, self._made_with)
             if train.unseeded and (writes or resume):
                 checks.unseeded(train.unseeded, resume)
             if verbose:
@@ -186,8 +180,7 @@ class Trainer(Epochs):
                     initial_epoch,
                     epochs,
                     checkpoints if writes else None,
-                    saved,
-                    again,
+                    resumed,
                 ).run()
             finally:
                 self._events.close()
@@ -327,31 +320,24 @@ class Trainer(Epochs):
             strategy=self.strategy,
         )
 
-    def _checkpoints(self, resume: bool) -> tuple[Checkpoints | None, Saved | None]:
-        """Where the trainer's state is saved, if anywhere, and what is saved already."""
+    def _checkpoints(self, resume: bool) -> tuple[Checkpoints | None, Resumed]:
+        """Where the trainer's state is saved, if anywhere, and where it goes on."""
         if self.log_dir is None:
-            return None, None
-        found = Checkpoints(self.log_dir / "checkpoints", self.checkpoint or Checkpoint())
-        found.clean()
-        saved, skipped = found.newest(state.check_structure) if resume else (None, [])
-        for reason in skipped:
-            warn(f"Skipped: {reason}")
-        if saved is not None:
-            self._early.clear()
-        elif resume and not self._events.begun:
+            return None, Resumed()
+        checkpoints = Checkpoints(self.log_dir / "checkpoints", self.checkpoint or Checkpoint())
+        checkpoints.clean()
+        resumed = find(checkpoints, len(self._finished)) if resume else Resumed()
+        if resume and resumed.newest is None and not self._events.begun:
             print(f"looplab: {self.log_dir} has no checkpoint: beginning at step 1.", flush=True)
             self._events.remove()
-        for write in self._early:
-            write()
-        self._early.clear()
-        self._is_ours = True
-        if saved is not None and saved.tree["fit"] < len(self._finished):
-            saved = None  # of an earlier `fit` of this trainer
-        return found, saved
+        self._settle_early(are_there=resumed.newest is not None)
+        return checkpoints, resumed
 
-    def _left_as_it_is(self, history: dict[str, list[float]]) -> keras.callbacks.History:
+    def _left_as_it_is(self, resumed: Resumed) -> keras.callbacks.History:
         """What a `fit` returns that was finished before, where its last checkpoint is not whole any more."""
+        assert resumed.newest is not None
         warn("The last checkpoint of that call is gone: until the next `fit`, the weights are those of the beginning.")
+        history = resumed.newest.tree["finished"][len(self._finished)]
         self._finished.append(history)
         self.history = keras.callbacks.History()
         self.history.history = history
