@@ -80,8 +80,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, settings: Checkpoint):
         self.folder = folder
+        self.settings = settings
         self._number, self._unit = settings.interval
-        self._keep = settings.keep
         self._lower_is_better: bool | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "looplab-checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -189,8 +189,8 @@ class Checkpoints:
 
     def _retain(self) -> None:
         """Removes all but the newest, the best, and the last of each `fit`."""
-        paths, best = self.paths(), self.best()
-        for path, newer in itertools.pairwise(reversed(paths[self._keep - 1 :])):
+        paths, (best, _) = self.paths(), self.best()
+        for path, newer in itertools.pairwise(reversed(paths[self.settings.keep - 1 :])):
             if path != best and self._fit_of(path) in (self._fit_of(newer), None):
                 self._remove(path)
 
@@ -208,13 +208,13 @@ class Checkpoints:
         found = [(match, path) for path in self.folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2])), reverse=True)]
 
-    def best(self) -> Path | None:
-        """The whole one with the best monitored value, the newest of equals; None where none has one."""
+    def best(self) -> tuple[Path | None, list[str]]:
+        """The one with the best monitored value, the newest of equals, or None; and what is wrong with damaged ones."""
         if self._lower_is_better is None:
-            return None
-        worth = {path: self._worth(path) for path in self.paths()}
+            return None, []
+        worth, skipped = self._worths()
         best = max(worth, key=worth.__getitem__, default=None)
-        return None if best is None or worth[best] == -math.inf else best
+        return (None if best is None or worth[best] == -math.inf else best), skipped
 
     def last_of_fit(self, number: int, check: Callable[[Saved], None]) -> Saved | None:
         """The last one of a call of `fit` (from 0) of this run; None where there is none, or it is damaged."""
@@ -236,13 +236,18 @@ class Checkpoints:
     def is_best(self, monitored: float) -> bool:
         """Whether this monitored value is better than that of each of them."""
         self.wait()
-        return self._worth_of(monitored) > max(map(self._worth, self.paths()), default=-math.inf)
+        return self._worth_of(monitored) > max(self._worths()[0].values(), default=-math.inf)
 
-    def _worth(self, path: Path) -> float:
-        try:
-            return self._worth_of(read_tree(path).get("monitored"))
-        except CheckpointError:
-            return -math.inf
+    def _worths(self) -> tuple[dict[Path, float], list[str]]:
+        """How good each of them is; and what is wrong with those whose state cannot be read."""
+        worth: dict[Path, float] = {}
+        skipped: list[str] = []
+        for path in self.paths():
+            try:
+                worth[path] = self._worth_of(read_tree(path).get("monitored"))
+            except CheckpointError as error:
+                skipped.append(str(error))
+        return worth, skipped
 
     def _worth_of(self, monitored: Any) -> float:
         """The higher the better; the least of all where there is no number."""

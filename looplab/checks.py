@@ -6,7 +6,8 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,21 +19,28 @@ from looplab.tracking import path_of, to_numpy
 from looplab.warn import warn
 
 _WORDS = "begin the model with `keras.layers.StringLookup` or `TextVectorization`"
+_CHECKPOINTS = "checkpoints/step-*"
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def positive(**arguments: Any) -> None:
-    """Each argument is a whole number from 1 on, or None."""
-    for name, value in arguments.items():
-        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
-            raise ValueError(f"`{name}` must be a whole number of at least 1; {value!r} came.")
+def whole(least: int, name: str, value: Any) -> int:
+    """It is a whole number; as Python's own, which a checkpoint and JSON have."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}; {value!r} came.")
+    return operator.index(value)
 
 
-def validation_freq(value: Any) -> None:
-    """It is a whole number from 1 on, or some of them."""
-    for number in value if isinstance(value, (list, tuple, set, range)) else [value]:
-        positive(validation_freq=0 if number is None else number)
+def positive(**arguments: Any) -> list[Any]:
+    """Each argument is a whole number from 1 on, or None; as Python's own."""
+    return [None if value is None else whole(1, name, value) for name, value in arguments.items()]
+
+
+def validation_freq(value: Any) -> int | list[int]:
+    """It is a whole number from 1 on, or some of them; as Python's own."""
+    if isinstance(value, (list, tuple, set, range, np.ndarray)):
+        return [whole(1, "validation_freq", number) for number in value]
+    return whole(1, "validation_freq", value)
 
 
 def steps_per_execution(value: Any) -> None:
@@ -44,11 +52,16 @@ def steps_per_execution(value: Any) -> None:
             raise ValueError(f'`steps_per_execution` must be "auto" or at least 1; {value!r} came.') from error
 
 
-def no_other_run(log_dir: Path) -> None:
-    """The log folder holds no event files of another run."""
+def no_other_run(log_dir: Path, go_on: bool = False) -> None:
+    """The log folder holds no run of another trainer; or, to go on, nothing but one."""
     if log_dir.exists() and not log_dir.is_dir():
-        raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file.")
-    if _holds_run(log_dir):
+        raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file. Pass another folder.")
+    if go_on and _holds_run(log_dir) and not may_go_on(log_dir):
+        raise ValueError(
+            f"`resume`: `log_dir` {log_dir} holds event files that looplab did not write, and no run to go on with. "
+            f"Pass a new folder, or remove this one."
+        )
+    if _holds_run(log_dir) and not go_on:
         raise ValueError(
             f"`log_dir` {log_dir} holds the run of another trainer. Go on with it by `fit(..., resume=True)`, or by "
             f"--resume on a recipe's command line; else pass a new folder, or remove this one."
@@ -57,7 +70,7 @@ def no_other_run(log_dir: Path) -> None:
 
 def may_go_on(log_dir: Path) -> bool:
     """Whether the folder holds a run that was made to go on."""
-    return (log_dir / ".lock").exists() and _holds_run(log_dir)
+    return ((log_dir / ".lock").exists() or any(log_dir.glob(_CHECKPOINTS))) and _holds_run(log_dir)
 
 
 def resume(value: Any, log_dir: Path | None) -> None:
@@ -66,12 +79,6 @@ def resume(value: Any, log_dir: Path | None) -> None:
         raise TypeError(f"`resume` must be True or False; {value!r} came. The folder is the trainer's `log_dir`.")
     if value and log_dir is None:
         raise ValueError("`resume` needs the trainer's `log_dir`: there the run was saved.")
-
-
-def skip_nonfinite(value: Any) -> None:
-    """It is a whole number from 0 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"`skip_nonfinite` must be a whole number of at least 0; {value!r} came.")
 
 
 def checkpoint(value: Any, kind: type) -> None:
@@ -93,22 +100,34 @@ def unseeded(what: str, resumes: bool) -> None:
 
 
 def _holds_run(log_dir: Path) -> bool:
-    return any(log_dir.glob("events.out.tfevents.*")) or any(log_dir.glob("*/events.out.tfevents.*"))
+    return any(any(log_dir.glob(names)) for names in ("events.out.*", "*/events.out.*", _CHECKPOINTS))
 
 
-def callbacks(given: Iterable[Any]) -> None:
-    """They are Keras callbacks, and none does what the trainer itself does."""
+def callbacks(given: Any) -> list[keras.callbacks.Callback]:
+    """It is one Keras callback, or a structure of some, and none does what the trainer itself does; as a list."""
+    flat = [] if given is None else keras.tree.flatten(given)
     instead = {
         keras.callbacks.TensorBoard: "pass `log_dir` to the trainer, which writes every step",
         keras.callbacks.ProgbarLogger: "`verbose=1` of `fit` shows a bar",
         keras.callbacks.BackupAndRestore: "it cannot bring back the trainer's own state",
     }
-    for callback in given:
+    for callback in flat:
         if not isinstance(callback, keras.callbacks.Callback):
             raise TypeError(f"`callbacks` must be `keras.callbacks.Callback`s; {type(callback).__name__} came.")
         for refused, remedy in instead.items():
             if isinstance(callback, refused):
                 raise ValueError(f"`callbacks` holds a `{refused.__name__}`, made for `Model.fit`: {remedy}.")
+    return flat
+
+
+def appending(given: Sequence[keras.callbacks.Callback]) -> None:
+    """Warns of callbacks that begin their file anew where a training goes on."""
+    for callback in given:
+        if isinstance(callback, keras.callbacks.CSVLogger) and not callback.append:
+            warn(
+                f"`callbacks` holds a `CSVLogger` without append=True: {callback.filename} begins anew, without the "
+                f"epochs so far."
+            )
 
 
 def step_logs(step: str, logs: Any) -> dict[str, tf.Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from looplab.checkpoint import Checkpoint
-from looplab.datasets import Data
+from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.folder import NOT_ARGUMENTS, RunFolder, as_json, environment, read_config
 from looplab.recipe import Recipe, UsageError, defaults, module_name
 
@@ -30,26 +30,37 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
     before = {name: value for name, value in config.items() if name not in NOT_ARGUMENTS}
     for name, value in given.items():
         _check_as_before(name, as_json(value), before.get(name), folder)
+    own = defaults(recipe)
+    kept = [name for name, value in own.items() if name not in given and as_json(value) == before.get(name, ...)]
     for name in config["not_json"]:
-        if name not in given:
+        if name not in given and name not in kept:
             raise UsageError(f"`resume`: `{name}` was an object, which config.json cannot hold. Pass it again.")
     versions = config["environment"].get("versions") if type(config.get("environment")) is dict else None
     if versions != environment(recipe)["versions"]:
         print(f"looplab: {folder} ran with {versions}: with others it goes on, but not to the same bits.", flush=True)
-    own = defaults(recipe)
     known = inspect.signature(recipe).parameters
     for name in ("epochs", "batch_size"):  # which `run` wrote, where the recipe chose them by itself
         if name not in known:
             before.pop(name, None)
     for name, value in before.items():
-        if isinstance(own.get(name), Data) and not isinstance(given.get(name), Data):
-            before[name] = type(own[name])(**value | given.pop(name, {}))
-        elif name == "checkpoint" and value is not None:
-            try:
-                before[name] = Checkpoint(**value)
-            except (TypeError, ValueError) as error:
-                raise UsageError(f"`resume`: the config.json in {folder} has a `checkpoint` of {value}.") from error
+        if name in kept:
+            before[name] = own[name]
+            continue
+        default = Checkpoint() if name == "checkpoint" else own.get(name)
+        chosen = given.pop(name) if dataclasses.is_dataclass(default) and isinstance(given.get(name), dict) else {}
+        try:
+            before[name] = _restored(value, default, chosen)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"`resume`: the config.json in {folder} has a `{name}` of {value}.") from error
     return before | given
+
+
+def _restored(value: Any, default: Any, chosen: dict[str, Any]) -> Any:
+    """A value of config.json in the type of the argument's default; of a dataclass, with the fields chosen now."""
+    if dataclasses.is_dataclass(default) and value is not None:
+        kind: Any = type(default)
+        return kind(**value | chosen)
+    return type(default)(value) if isinstance(default, (tuple, Path)) and value is not None else value
 
 
 def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:
@@ -73,6 +84,11 @@ def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:
         )
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run has any state to go on from."""
+    return bool(Checkpoints(folder / "checkpoints", Checkpoint()).paths())
+
+
 def is_finished(ready: Recipe, folder: RunFolder) -> bool:
     """Whether the run did all epochs, and left all that it leaves."""
     before = read_config(folder.path / "config.json")
@@ -82,4 +98,4 @@ def is_finished(ready: Recipe, folder: RunFolder) -> bool:
             f"`resume`: the run in {folder.path} learned from data of SHA-256 {source}, and now it has "
             f"{ready.data.sha256} ({ready.data.source}). Pass the data that it had."
         )
-    return ready.epochs <= before["epochs"] and (folder.path / "timings.json").exists()
+    return ready.epochs <= before["epochs"] and folder.is_finished

@@ -145,7 +145,7 @@ def from_arguments(
         described = {
             "examples": n,
             "batch_size": batch_size or 32,
-            "shuffle": shuffle,
+            "shuffle": bool(shuffle),
             "steps_per_epoch": batches.steps,
         }
         if training_from is None:

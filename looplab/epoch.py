@@ -30,6 +30,8 @@ class Progress:
     """Batches."""
     ended: bool = False
     """Whether the data has no more."""
+    in_a_row: int = 0
+    """How many steps were passed over since the last sound one, also in epochs before."""
     means: Means = dataclasses.field(default_factory=Means)
     """Of what the steps returned."""
 
@@ -45,6 +47,7 @@ class Epochs(Traces):
         self.skip_nonfinite = 0
         self.skipped_steps = 0
         self._test_steps = 0
+        self._finished: list[dict[str, list[float]]] = []  # the history of each `fit` that came to its end
 
     def _run(
         self,
@@ -65,9 +68,13 @@ class Epochs(Traces):
         """
         hooks = hooked_to_batches(callbacks.callbacks, kind)
         pace = Pace(self._pace(hooks))
-        in_a_row = skipped = 0
+        skipped = 0
         most = between(progress.done)
-        while not progress.ended and (batches.steps is None or progress.done < batches.steps):
+        while not (
+            progress.ended
+            or progress.done == batches.steps
+            or (kind == "train" and self.stop_training and progress.done)  # as in Keras, after the first call
+        ):
             done = progress.done
             asked = pace.next(*(left for left in (batches.steps and batches.steps - done, most) if left is not None))
             began = time.time()
@@ -76,7 +83,7 @@ class Epochs(Traces):
                     getattr(hook, f"on_{kind}_batch_begin")(done)
             with self._recording() if loop.eager else contextlib.nullcontext():
                 first = 1 + (self.steps if kind == "train" else done)
-                logs = loop(iterator, asked, first, in_a_row, self.skip_nonfinite)
+                logs = loop(iterator, asked, first, progress.in_a_row, self.skip_nonfinite)
             pace.took(logs.done, time.time() - began)
             if kind == "train" and logs.done and logs.scalars.get(self._bounded, [0])[0] > 1:
                 self._doubts.setdefault(
@@ -85,8 +92,9 @@ class Epochs(Traces):
                 )
             self._tell_doubts()
             clean = logs.faults == 0
-            in_a_row = int(clean[::-1].argmax()) if clean.any() else in_a_row + logs.done
+            in_a_row = int(clean[::-1].argmax()) if clean.any() else progress.in_a_row + logs.done
             stopped = logs.done > 0 and (logs.faults[-1] < 0 or in_a_row > self.skip_nonfinite)
+            progress.in_a_row = in_a_row - stopped  # the last one is not done
             told = logs.first(logs.done - 1) if stopped else logs
             self._count(kind, loop, progress, told, folder, began)
             if hooks:
@@ -98,20 +106,11 @@ class Epochs(Traces):
             if progress.ended and batches.steps is not None:
                 warn(f"The data ended after {progress.done} of {batches.steps} batches.")
             most = between(progress.done)
-            if kind == "train" and self.stop_training:
-                break
         if skipped:
             warn(f"{skipped} of {progress.done} steps were passed over: their loss or gradients were not finite.")
         if not progress.done:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
         return self._results(kind, progress.means)
-
-    def _tell_doubts(self) -> None:
-        """Warns of what looks wrong and may be meant, once."""
-        for doubt, told in self._doubts.items():
-            if not told:
-                self._doubts[doubt] = True
-                warn(doubt)
 
     def _count(self, kind: str, loop: Loop, progress: Progress, logs: CallLogs, folder: str | None, began: float):
         """Enters what a graph call told into the means, the counters, and the event files."""

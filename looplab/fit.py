@@ -7,14 +7,14 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from looplab import state
-from looplab.checkpoint import Checkpoint, Checkpoints
+from looplab.checkpoint import Checkpoints
 from looplab.data import Batches
-from looplab.epoch import Progress
+from looplab.epoch import Epochs, Progress
 from looplab.guard import Fault
 from looplab.interrupts import Interrupted, Interrupts
 from looplab.metrics import lower_is_better
@@ -23,15 +23,12 @@ from looplab.resume import Resumed
 from looplab.steps import LEARNING_RATE
 from looplab.warn import warn
 
-if TYPE_CHECKING:
-    from looplab.trainer import Trainer
-
 
 @dataclasses.dataclass
 class Fit:
     """What one call of `fit` does."""
 
-    trainer: Trainer
+    trainer: Epochs
     train: Batches
     validation: Batches | None
     validates_after: Callable[[int], bool]
@@ -46,7 +43,6 @@ class Fit:
 
     def __post_init__(self) -> None:
         self.saved = self.resumed.saved
-        self._settings = self.trainer.checkpoint or Checkpoint()
         self._epoch = self.first_epoch
         self._in_epoch = False
         self._progress = Progress()
@@ -64,6 +60,7 @@ class Fit:
         with self._interrupts, self._saving():
             with self._interrupts.at_once():
                 self._prepare()
+            trainer._settle(goes_on=self.resumed.newest is not None)
             self._at_first.append(state.attributes(self.callbacks.callbacks))
             self.callbacks.on_train_begin()
             self._at_first.append(state.attributes(self.callbacks.callbacks))
@@ -71,11 +68,11 @@ class Fit:
                 self._go_on(self.saved)
             self._began = True
             iterator = None
-            while self._epoch < self.epochs and not trainer.stop_training and not self.resumed.again:
+            while self._has_more() and not self.resumed.again:
                 if not self._in_epoch:
                     trainer._reset_metrics()
                     self.callbacks.on_epoch_begin(self._epoch)
-                    self._in_epoch, self._progress = True, Progress()
+                    self._in_epoch = True
                 if iterator is None or not self.train.continues:
                     self._begun = self.train.begun
                     iterator = self.train.iterate(trainer.epochs, self._progress.done)
@@ -88,6 +85,10 @@ class Fit:
                 known.optimizer.finalize_variable_values(known.variables)
             self.callbacks.on_train_end(self._logs)
 
+    def _has_more(self) -> bool:
+        """Whether there is another epoch, or one to end: a callback may have stopped in the midst of it."""
+        return self._in_epoch or (self._epoch < self.epochs and not self.trainer.stop_training)
+
     def _prepare(self) -> None:
         """Traces all steps, so that all variables are there, and tells what does not fit before one is changed."""
         trainer = self.trainer
@@ -96,14 +97,17 @@ class Fit:
             if self.validation is not None:
                 test = trainer._prepared("test", self.validation.element_spec, eagerly)
                 names += [f"val_{name}" for name in test.names]
-        trainer._check_targets(self.train, self.validation)
-        monitor = self._settings.monitor
-        if self.checkpoints is not None and monitor is not None:
+        for batches in (self.train, self.validation):
+            if batches is not None and batches.arrays is not None:
+                trainer._check_arrays(batches.name, batches.arrays)
+        trainer._tell_doubts()
+        if self.checkpoints is not None and self.checkpoints.settings.monitor is not None:
+            monitor, mode = self.checkpoints.settings.monitor, self.checkpoints.settings.mode
             if not eagerly and monitor not in names:
                 near = difflib.get_close_matches(monitor, names, 1) or [n for n in names if n != LEARNING_RATE]
                 there = ", ".join(map(repr, near))
                 raise ValueError(f"`monitor` must be in the logs of an epoch; {monitor!r} came. There is {there}.")
-            self.checkpoints.prefer(lower_is_better(monitor, self._settings.mode, trainer.metrics))
+            self.checkpoints.prefer(lower_is_better(monitor, mode, trainer.metrics))
         if self.saved is None:
             self.train.check_order()
         else:
@@ -114,7 +118,8 @@ class Fit:
 
     def _advance_data(self, train: int, validation: int) -> None:
         """Brings data sets that shuffle anew to the orders that they had, where they are needed or a next `fit` is."""
-        is_over = self.resumed.again or self._state["stopped"] or self._state["epoch"] >= self.epochs
+        stopped = self._state["stopped"] and not self._state["in_epoch"]
+        is_over = self.resumed.again or stopped or self._state["epoch"] >= self.epochs
         if is_over:
             self.train.end()
         if not (is_over and self.train.begun > train):
@@ -167,16 +172,20 @@ class Fit:
             self._logs |= {f"val_{name}": value for name, value in results.items()}
         self._before_validation = None
         self.callbacks.on_epoch_end(self._epoch, self._logs)
-        self._epoch, self._in_epoch, self._progress = self._epoch + 1, False, Progress()
+        self._epoch, self._in_epoch = self._epoch + 1, False
+        self._progress = Progress(in_a_row=self._progress.in_a_row)
         self._begun = self._begun if self.train.continues else self.train.begun
-        if self.checkpoints is not None and (self.checkpoints.due_after_epoch(trainer.epochs) or self._is_best()):
-            self._save()
+        if self.checkpoints is not None:
+            monitored = self._monitored()
+            is_due = self.checkpoints.due_after_epoch(trainer.epochs)
+            if is_due or (monitored is not None and self.checkpoints.is_best(monitored)):
+                self._save()
         self._interrupts.check()
 
-    def _is_best(self) -> bool:
-        """Whether the epoch that ended is the best by what is monitored."""
-        monitored = self._logs.get(self._settings.monitor or "")
-        return self.checkpoints is not None and monitored is not None and self.checkpoints.is_best(monitored)
+    def _monitored(self) -> float | None:
+        """The value by which the best epoch is told, where one has ended that has it."""
+        monitor = self.checkpoints and self.checkpoints.settings.monitor
+        return self._logs.get(monitor) if monitor and not self._in_epoch else None
 
     def _between_calls(self, done: int) -> int | None:
         """Saves where that is due, and returns how many steps are left until it is again."""
@@ -229,23 +238,23 @@ class Fit:
     def _state_now(self) -> dict[str, Any]:
         """All that decides how the training goes on, copied."""
         trainer, progress = self.trainer, self._progress
-        monitored = self._logs.get(self._settings.monitor or "") if not self._in_epoch else None
         return {
             "steps": trainer.steps,
             "epochs": trainer.epochs,
             "test_steps": trainer._test_steps,
             "skipped_steps": trainer.skipped_steps,
             "seed": trainer.seed,
-            "stopped": trainer.stop_training,
+            "stopped": bool(trainer.stop_training),  # a callback may have set NumPy's or TensorFlow's
             "fit": len(trainer._finished),
             "finished": [dict(history) for history in trainer._finished],
             "epoch": self._epoch,
             "in_epoch": self._in_epoch,
             "batch": progress.done,
             "ended": progress.ended,
+            "in_a_row": progress.in_a_row,
             "means": progress.means.state(),
             "logs": dict(self._logs),
-            "monitored": monitored,
+            "monitored": self._monitored(),
             "data": self.train.described,
             "made_with": trainer._made_with,
             "begun": [self._begun, 0 if self.validation is None else self.validation.begun],
@@ -270,7 +279,7 @@ class Fit:
         if not self.resumed.again:
             trainer._events.rewind(then["events"])
         self._epoch, self._in_epoch, self._logs = then["epoch"], then["in_epoch"], then["logs"]
-        self._progress = Progress(then["batch"], then["ended"])
+        self._progress = Progress(then["batch"], then["ended"], then["in_a_row"])
         self._progress.means.restore(then["means"])
         if self.checkpoints is not None:  # one may go on without saving any more
             self.checkpoints.drop_newer(saved.path)

@@ -24,7 +24,8 @@ from looplab.callbacks import write_png
 from looplab.datasets import Arrays
 
 NOT_ARGUMENTS = ("recipe", "optimizers", "log_dir", "data_source", "environment", "not_json")  # in `config.json`
-RUN_FILES = ("config.json", "history.json", "timings.json", "model.weights.h5", "report.txt", "report.json")
+_LAST = "timings.json"  # that a run writes
+RUN_FILES = ("config.json", "history.json", _LAST, "model.weights.h5", "report.txt", "report.json")
 
 
 class RunFolder:
@@ -39,7 +40,8 @@ class RunFolder:
         self.path = Path(path) if path is not None else _new_folder(Path("logs") / name)
 
     def write_config(self, config: dict[str, Any], recipe: Callable, data: Arrays | None) -> None:
-        """`config.json`: all arguments, the data, and what else decides a run's bits."""
+        """`config.json`: all arguments, the data, and what else decides a run's bits. The run is unfinished then."""
+        (self.path / _LAST).unlink(missing_ok=True)
         told = {**config, "not_json": [name for name, value in config.items() if not _is_json(value)]}
         told |= {"log_dir": self.path, "data_source": _described(data), "environment": environment(recipe)}
         _write_json(self.path / "config.json", told)
@@ -49,8 +51,13 @@ class RunFolder:
         seconds = time.time() - began
         _write_json(self.path / "history.json", history)
         timings = {"began": datetime.fromtimestamp(began), "seconds": seconds, "steps": steps}
-        _write_json(self.path / "timings.json", timings)
+        _write_json(self.path / _LAST, timings)
         return seconds
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has left all that it leaves."""
+        return (self.path / _LAST).exists()
 
     def write_report(self, labels: np.ndarray, probabilities: np.ndarray, classes: tuple[str, ...]) -> report.Report:
         """`report.txt` and `report.json`: how well the classes of test images were told."""
@@ -129,12 +136,17 @@ def _write_json(path: Path, value: Any) -> None:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    name = getattr(value, "__qualname__", "<")  # of a class or a function, and the same in another process
+    return str(value) if "<" in name else f"{value.__module__}:{name}"
 
 
 def _is_json(value: Any) -> bool:
-    """Whether `as_json` keeps all of it."""
+    """Whether `as_json` keeps all of it, but for what kind of list, path or dataclass it is."""
     if isinstance(value, dict):
-        return all(map(_is_json, value.values()))
-    plain = (bool, int, float, str, list, tuple, Path)
+        return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_json, value))
+    plain = (bool, int, float, str, np.number, np.bool_, Path)
     return value is None or isinstance(value, plain) or dataclasses.is_dataclass(value)

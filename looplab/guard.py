@@ -56,8 +56,12 @@ class Fault(Exception):  # noqa: N818  (`error` makes an error of it)
         if log_dir is None:
             return FloatingPointError(f"{text} The update was not made. {advice}")
         file = log_dir / "nonfinite" / f"step-{step}.npz"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **self.batch)  # type: ignore[arg-type]
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(file, **self.batch)  # type: ignore[arg-type]
+        except OSError as error:
+            reason = f"The batch could not be written to {file}: {error.strerror}."
+            return FloatingPointError(f"{text} The update was not made. {reason} {advice}")
         return FloatingPointError(
             f"{text} The update was not made. The batch is in {file}; a trainer with `run_eagerly=True` goes through "
             f"it again, line by line, with `fit(..., resume=True)`. {advice}"

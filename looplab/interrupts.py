@@ -49,7 +49,8 @@ class Interrupts:
             os.set_blocking(self._write, False)  # as `set_wakeup_fd` wants it
             self._thread = threading.Thread(target=self._watch, name="looplab-signals", daemon=True)
             self._thread.start()
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            heeded = (number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN)  # as with `nohup`
+            self._before = {number: signal.signal(number, self._handle) for number in heeded}
             self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         return self
 

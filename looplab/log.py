@@ -36,7 +36,8 @@ class Logs(Steps):
         self._events = RunWriter(self.log_dir)
         self._owners = 0
         self._is_ours = False  # whether `fit` has said that the run in the folder is that of this trainer
-        self._early: list[Callable[[], None]] = []  # what is logged before it is known whether a run goes on
+        # What is logged before it is known whether a run goes on; and whether it replaces what the run has of it.
+        self._early: list[tuple[Callable[[], None], bool]] = []
 
     def log(self, name: str, value: Any) -> None:
         """Adds a scalar to those of the running step, or, outside of a step, to TensorBoard at the current epoch."""
@@ -78,7 +79,7 @@ class Logs(Steps):
             ValueError: `log_dir` holds another run.
         """
         checks.hparams(hparams)
-        self._write(lambda: self._events.hparams(hparams))
+        self._write(lambda: self._events.hparams(hparams), replaces=True)
 
     def log_embeddings(self, name: str, vectors: Any, labels: Any = None, images: Any = None) -> None:
         """Shows vectors in TensorBoard's PROJECTOR tab, in place of earlier ones of that name.
@@ -98,7 +99,7 @@ class Logs(Steps):
         embeddings = projector.checked(name, vectors, labels, images)
         self._write(lambda: self._events.embeddings("train", embeddings))
 
-    def _write(self, write: Callable[[], None]) -> None:
+    def _write(self, write: Callable[[], None], replaces: bool = False) -> None:
         """Writes to `log_dir`; where that holds a run, `fit` must say first whether it goes on: then all this is there.
 
         Raises:
@@ -108,15 +109,22 @@ class Logs(Steps):
         if self.log_dir is not None and undecided and checks.may_go_on(self.log_dir):
             if not self._early:  # at the end of the program, if `fit` never says
                 weakref.finalize(self, _warn_of_unwritten, self._early, self.log_dir)
-            self._early.append(write)
+            self._early.append((write, replaces))
             return
         with self._owning():
             write()
 
-    def _settle_early(self, are_there: bool) -> None:
-        """Writes what was logged before it was known whether a run goes on, unless all of it is in its files."""
-        if not are_there:
-            for write in self._early:
+    def _settle(self, goes_on: bool) -> None:
+        """From now on the run in `log_dir` is this trainer's.
+
+        Args:
+            goes_on: Whether it has saved something before: then what was logged early is there. Else that is written
+                now, and what a run has left that saved nothing is removed.
+        """
+        if self.log_dir is not None and not (goes_on or self._events.begun or self._is_ours):
+            self._events.remove()
+        for write, replaces in self._early:
+            if replaces or not goes_on:
                 write()
         self._early.clear()
         self._is_ours = True
@@ -134,8 +142,8 @@ class Logs(Steps):
         if self.log_dir is None or self._owners:
             yield
             return
-        if not (go_on or self._events.begun or self._is_ours):
-            checks.no_other_run(self.log_dir)
+        if not (self._events.begun or self._is_ours):
+            checks.no_other_run(self.log_dir, go_on)
         with locked(self.log_dir):
             self._owners += 1
             try:
@@ -144,7 +152,7 @@ class Logs(Steps):
                 self._owners -= 1
 
 
-def _warn_of_unwritten(early: list[Callable[[], None]], log_dir: Path) -> None:
+def _warn_of_unwritten(early: list[Any], log_dir: Path) -> None:
     if early:
         warnings.warn(
             f"What was logged was not written: {log_dir} holds a run, and `fit` did not go on with it.", stacklevel=2

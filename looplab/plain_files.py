@@ -6,6 +6,7 @@ read is ever run, no name in a file leads to another file, and no number in one 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ _ARRAYS, _STATE, _MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
 _MOST_BYTES = {_MANIFEST: 2**16, _STATE: 2**28}  # a hostile file shall not fill the memory
 _MOST_VALUES = 2**22  # of JSON, of which three bytes can become a dict of eighty
 _MOST_UNASKED = 2**32  # larger files are gone through once it is known that the trainer has as much
+_SAY_NOTHING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)  # of whether a file is whole
 _MALFORMED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
@@ -215,6 +217,8 @@ def _open(path: Path) -> IO[bytes]:
             raise damaged(path.parent, f"{path.name} is no file")
         return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
     except OSError as error:
+        if error.errno in _SAY_NOTHING:
+            raise
         raise damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
 
 

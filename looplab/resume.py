@@ -50,7 +50,10 @@ class Resumed:
             for setting in {**then, **now}:
                 was, is_now = then.get(setting), now.get(setting)
                 if was != is_now:
-                    warn(f"`resume`: {setting} of `{name}` was {was}, and now it is {is_now}. The run goes on so.")
+                    # A rate that is a number is in the checkpoint, as it changes in training; a schedule is not.
+                    is_saved = setting == "learning_rate" and not str(is_now).startswith("class")
+                    used = "the saved one" if is_saved else "the new one"
+                    warn(f"`resume`: {setting} of `{name}` was {was}, and now it is {is_now}. It goes on with {used}.")
 
 
 def find(checkpoints: Checkpoints, number: int) -> Resumed:

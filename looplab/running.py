@@ -17,10 +17,11 @@ import numpy as np
 from looplab import checks, report
 from looplab.callbacks import write_png
 from looplab.checkpoint import Checkpoint
-from looplab.continued import as_before, is_finished
+from looplab.continued import as_before, has_checkpoint, is_finished
 from looplab.datasets import Data, Unread, read_picture
 from looplab.folder import RUN_FILES, RunFolder, read_config
 from looplab.recipe import Recipe, UsageError, defaults, module_name
+from looplab.state import config_of
 
 
 def run(
@@ -58,7 +59,8 @@ def run(
     arguments = {"seed": 0, "precision": "float32", "weights": None, **options}
     seed, precision, weights = (arguments.pop(name) for name in ("seed", "precision", "weights"))
     folder = RunFolder(resume or arguments.pop("log_dir", None), recipe.__name__)
-    _check_files(folder.path, weights if resume is None else None, plot, is_new=resume is None)
+    goes_on = resume is not None and has_checkpoint(folder.path)  # else it begins anew, from its weights
+    _check_files(folder.path, None if goes_on else weights, plot, is_new=resume is None)
     began = time.time()
     with _precision(precision):
         ready = make(recipe, seed, log_dir=folder.path, **arguments)
@@ -66,12 +68,12 @@ def run(
             print(f"looplab: the {ready.epochs} epochs of {folder.path} are done: it is left as it is.", flush=True)
             ready.build(folder.path / "model.weights.h5")
             return ready
-        if weights is not None and resume is None:
+        if weights is not None and not goes_on:
             ready.build(weights)
         checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
         config = {**defaults(recipe), **arguments, "seed": seed, "precision": precision, "weights": weights}
         config |= {"epochs": ready.epochs, "batch_size": ready.batch_size}  # where a recipe chose them
-        optimizers = {path: optimizer.get_config() for path, optimizer in ready.trainer.optimizers.items()}
+        optimizers = {path: config_of(optimizer) for path, optimizer in ready.trainer.optimizers.items()}
         told = {"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config, "optimizers": optimizers}
         folder.write_config(told, recipe, ready.data)
         ready.trainer.log_hparams(_flat(config))

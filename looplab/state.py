@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from looplab.warn import warn
 
 _KERAS_OWN = ("params", "_model")  # a list of callbacks sets them
 _CHOSEN = "$monitor_op"  # that a callback had chosen it, which is a function
-_COUNTS = ("steps", "epochs", "test_steps", "skipped_steps", "fit", "epoch", "batch")
+_COUNTS = ("steps", "epochs", "test_steps", "skipped_steps", "fit", "epoch", "batch", "in_a_row")
 _KINDS = {
     **dict.fromkeys((*_COUNTS, "seed"), int),
     **dict.fromkeys(("stopped", "in_epoch", "ended"), bool),
@@ -37,7 +38,16 @@ def settings(value: Any) -> dict[str, str]:
     """What a loss or an optimizer is and was made with, in words that are the same in another process."""
     if not hasattr(value, "get_config"):
         return {"class": _in_words(value)}
-    return {"class": type(value).__name__} | {k: _in_words(v) for k, v in value.get_config().items() if k != "name"}
+    return {"class": type(value).__name__} | {k: _in_words(v) for k, v in config_of(value).items() if k != "name"}
+
+
+def config_of(value: Any) -> dict[str, Any]:
+    """What a Keras object was made with; nothing where it cannot tell, such as a schedule of a user's own."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Keras's, of what could not be made from it again
+            return value.get_config()
+    except Exception:  # of the user's own code, which Keras would not have called
+        return {}
 
 
 def _in_words(value: Any) -> str:

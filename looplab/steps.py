@@ -19,6 +19,7 @@ from looplab.guard import NO_ROWS, Guard
 from looplab.loop import StepLogs, examples
 from looplab.losses import Ledger, listening
 from looplab.metrics import BatchMetrics
+from looplab.state import settings
 from looplab.tracking import Tracked
 from looplab.warn import warn
 
@@ -47,6 +48,8 @@ class Steps(Tracked):
         self.optimizer = self._compiled.optimizer
         self._loss = loss
         self._loss_weights = loss_weights
+        # What they are at first: a callback may change a rate.
+        self._made_with = {"optimizer": settings(self.optimizer), "loss": settings(loss)}
         self.seed = random.randint(1, 10**9) if seed is None else seed
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         self.strategy = tf.distribute.get_strategy()
@@ -210,6 +213,31 @@ class Steps(Tracked):
                 if not now.guarded:
                     self._guard.report(tf.reshape(tf.equal(now.rows, 0), [1]), [NO_ROWS])
                 return StepLogs({**rates, **told}, now.images, self._guard.fault())
+
+    def _check_arrays(self, name: str, arrays: Any) -> None:
+        """Looks for what a loss cannot learn from.
+
+        Args:
+            name: What an error calls x.
+            arrays: x, (x, y) or (x, y, sample_weight), whole.
+        """
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(arrays)
+        plausible.check_finite(name, x)
+        if plausible.raw_images(x, self.model) and type(self).__call__ is Steps.__call__:
+            self._doubts.setdefault(
+                f"`{name}` looks like images from 0 to 255, and the model has no layer that scales: divide by 255, or "
+                f"begin the model with `keras.layers.Rescaling(1 / 255)`.",
+                False,
+            )
+        for wanted in self._target_ranges:
+            plausible.check_array(wanted, y, name)
+
+    def _tell_doubts(self) -> None:
+        """Warns of what looks wrong and may be meant, once."""
+        for doubt, told in self._doubts.items():
+            if not told:
+                self._doubts[doubt] = True
+                warn(doubt)
 
     def _predict(self, batch: Any) -> Any:
         """Runs the prediction step on one replica; what it logs is forgotten."""

@@ -73,13 +73,13 @@ class RunWriter:
         if self._log_dir is not None:
             self._hparams |= {name: _hparam(value) for name, value in values.items()}
             writer = self._writer("")
-            before = writer.path
+            before = [*self._log_dir.glob("events.out.tfevents.*")]
             # By default runs of the same hyperparameters would be one row, with the means of their metrics.
             summary = hparams_pb(self._hparams, trial_id="")
             writer.write(Event(wall_time=time.time(), summary=summary))
             writer.close()
-            if before is not None:
-                before.unlink(missing_ok=True)
+            for file in before:
+                file.unlink()
 
     def embeddings(self, folder: str, embeddings: Embeddings) -> None:
         """Writes vectors, and what to show at each, for the projector; they replace those of the same name."""

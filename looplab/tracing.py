@@ -46,8 +46,6 @@ class Traces(Logs):
         def make() -> Loop:
             step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
             learns = kind == "train"
-            if learns and not eagerly:
-                self._stray_variables = _Hidden([])
             metrics, loop = None, None
             kept: list[Any] = []
             strays: list[Any] = []
@@ -108,8 +106,8 @@ class Traces(Logs):
         """
         if self.strategy.num_replicas_in_sync > 1:
             return  # there the graph has other variables, the replicas' own
-        self._stray_variables = _Hidden([])
-        held = (*self._changeable(), *self._guard.variables, *self._batch_metrics.variables)
+        optimized = [variable for optimizer in self.optimizers.values() for variable in optimizer.variables]
+        held = (*self._held_state(), *optimized, *self._guard.variables, *self._batch_metrics.variables)
         known = {id(_value(variable)) for variable in held}
         self._stray_variables = _Hidden([v for v in loop.variables if not v.trainable and id(v) not in known])
         if self.log_dir is not None and loop.graph is not None and (found := random_operations(loop.graph)):

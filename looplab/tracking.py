@@ -198,11 +198,15 @@ class Tracked:
         return []
 
     def _state(self) -> list[Any]:
-        """All variables but those of optimizers: weights, seeds, and metrics."""
+        """All variables but those of optimizers: weights, seeds, metrics, and strays."""
+        return _once(self._held_state() + self._strays())
+
+    def _held_state(self) -> list[Any]:
+        """Those of them that attributes lead to."""
         variables = self._variables(lambda layer: layer.variables)
         variables += [held.thing.state for held in self._walk() if isinstance(held.thing, keras.random.SeedGenerator)]
         variables += [variable for metric in self.metrics for variable in metric.variables]
-        return _once(variables + self._strays())
+        return variables
 
     def _variables(self, of_layer: Callable[[keras.Layer], list], trainable_alone: bool = False) -> list[Any]:
         variables = []

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab import checks, data, plausible, state
+from looplab import checks, data, state
 from looplab.arrays import held_out, is_arrays
 from looplab.callbacks import EpochLine, ProgressBar
 from looplab.checkpoint import Checkpoint, Checkpoints
@@ -86,8 +86,6 @@ class Trainer(Epochs):
         self.checkpoint = checkpoint
         self.history: keras.callbacks.History | None = None
         self._given_seed = seed
-        self._made_with = {"optimizer": state.settings(self.optimizer), "loss": state.settings(loss)}
-        self._finished: list[dict[str, list[float]]] = []  # the history of each `fit` that came to its end
 
     @checks.named
     def fit(
@@ -97,7 +95,7 @@ class Trainer(Epochs):
         batch_size: int | None = None,
         epochs: int = 1,
         verbose: int | str = "auto",
-        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None = None,
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool = True,
@@ -135,14 +133,17 @@ class Trainer(Epochs):
             OSError: A checkpoint could not be written.
             SystemExit: SIGTERM or Ctrl-C came, and all is saved: with status 143 or 130.
         """
-        checks.positive(epochs=epochs, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
-        checks.positive(validation_steps=validation_steps, validation_batch_size=validation_batch_size)
-        checks.validation_freq(validation_freq)
+        batch_size, steps_per_epoch = checks.positive(batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+        validation_steps, validation_batch_size = checks.positive(
+            validation_steps=validation_steps, validation_batch_size=validation_batch_size
+        )
+        epochs = checks.whole(1, "epochs", epochs)
+        initial_epoch = checks.whole(0, "initial_epoch", initial_epoch)
+        validation_freq = checks.validation_freq(validation_freq)
+        self.skip_nonfinite = checks.whole(0, "skip_nonfinite", self.skip_nonfinite)
         checks.resume(resume, self.log_dir)
         checks.learning_rates(self.optimizers)
-        checks.skip_nonfinite(self.skip_nonfinite)
-        given = list(callbacks or [])
-        checks.callbacks(given)
+        given = checks.callbacks(callbacks)
         with self._owning(go_on=resume):
             checkpoints, resumed = self._checkpoints(resume)
             if resumed.again and resumed.saved is None:
@@ -162,6 +163,8 @@ class Trainer(Epochs):
                 size = validation_batch_size or (batch_size if is_arrays(val_x) else None)
                 validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
             resumed.check(self._given_seed, train.described, self._made_with)
+            if resumed.saved is not None:
+                checks.appending(given)
             if train.unseeded and (writes or resume):
                 checks.unseeded(train.unseeded, resume)
             if verbose:
@@ -197,18 +200,18 @@ class Trainer(Epochs):
         verbose: int | str = "auto",
         sample_weight: Any = None,
         steps: int | None = None,
-        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None = None,
     ) -> dict[str, float]:
         """Measures the data (given as to `fit`) with `test_step`, and leaves everything as it was.
 
         Returns:
             The loss and each metric over all the data, by name.
         """
-        checks.positive(batch_size=batch_size, steps=steps)
-        checks.callbacks(callbacks or [])
+        batch_size, steps = checks.positive(batch_size=batch_size, steps=steps)
+        given = checks.callbacks(callbacks)
         batches = self._batches("x", x, y, sample_weight, batch_size, steps=steps)
         bar = [ProgressBar()] if verbose else []
-        callback_list = keras.callbacks.CallbackList([*(callbacks or []), *bar], model=self, steps=batches.steps)
+        callback_list = keras.callbacks.CallbackList([*given, *bar], model=self, steps=batches.steps)
         try:
             return self._evaluate(batches, callback_list)
         except Fault as fault:
@@ -221,14 +224,14 @@ class Trainer(Epochs):
         batch_size: int | None = None,
         verbose: int | str = "auto",
         steps: int | None = None,
-        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None = None,
     ) -> Any:
         """The outputs of `predict_step` for all the data, as NumPy arrays, and leaves everything as it was."""
-        checks.positive(batch_size=batch_size, steps=steps)
-        checks.callbacks(callbacks or [])
+        batch_size, steps = checks.positive(batch_size=batch_size, steps=steps)
+        given = checks.callbacks(callbacks)
         batches = self._batches("x", x, None, None, batch_size, steps=steps)
         bar = [ProgressBar()] if verbose else []
-        callback_list = keras.callbacks.CallbackList([*(callbacks or []), *bar], model=self, steps=batches.steps)
+        callback_list = keras.callbacks.CallbackList([*given, *bar], model=self, steps=batches.steps)
 
         step = self._predictor(batches.element_spec)
         outputs: list[Any] = []
@@ -267,19 +270,22 @@ class Trainer(Epochs):
                 raise ValueError("`restore` needs the trainer's `log_dir` and `checkpoint`, or a checkpoint's folder.")
             checkpoints = Checkpoints(self.log_dir / "checkpoints", self.checkpoint)
             if checkpoint == "newest":
-                saved, _ = checkpoints.newest()
+                saved, skipped = checkpoints.newest(state.check_structure)
             else:
                 if self.checkpoint.monitor is None:
                     raise ValueError('`restore("best")` needs a `monitor` of the trainer\'s `checkpoint`.')
                 checkpoints.prefer(lower_is_better(self.checkpoint.monitor, self.checkpoint.mode, self.metrics))
-                best = checkpoints.best()
+                best, skipped = checkpoints.best()
                 saved = None if best is None else Saved(best)
+            for reason in skipped:
+                warn(f"Skipped: {reason}")
             if saved is None:
                 raise ValueError(f"`checkpoint`: there is no {checkpoint} one in {checkpoints.folder}.")
         elif Path(checkpoint).is_dir():
             saved = Saved(Path(checkpoint))
         else:
             raise ValueError(f'`checkpoint` must be "newest", "best", or a folder; {checkpoint} came, and is none.')
+        state.check_structure(saved)
         variables = self._all_state()
         values = saved.load(state.most_bytes(variables))["variables"]
         state.check(variables, values, saved.path)
@@ -329,13 +335,12 @@ class Trainer(Epochs):
         resumed = find(checkpoints, len(self._finished)) if resume else Resumed()
         if resume and resumed.newest is None and not self._events.begun:
             print(f"looplab: {self.log_dir} has no checkpoint: beginning at step 1.", flush=True)
-            self._events.remove()
-        self._settle_early(are_there=resumed.newest is not None)
         return checkpoints, resumed
 
     def _left_as_it_is(self, resumed: Resumed) -> keras.callbacks.History:
         """What a `fit` returns that was finished before, where its last checkpoint is not whole any more."""
         assert resumed.newest is not None
+        self._settle(goes_on=True)
         warn("The last checkpoint of that call is gone: until the next `fit`, the weights are those of the beginning.")
         history = resumed.newest.tree["finished"][len(self._finished)]
         self._finished.append(history)
@@ -343,22 +348,6 @@ class Trainer(Epochs):
         self.history.history = history
         self.history.epoch = list(range(max(map(len, history.values()), default=0)))
         return self.history
-
-    def _check_targets(self, *parts: data.Batches | None) -> None:
-        """Looks at all arrays for what a loss cannot learn from."""
-        for batches in parts:
-            if batches is not None and batches.arrays is not None:
-                x, y, _ = keras.utils.unpack_x_y_sample_weight(batches.arrays)
-                plausible.check_finite(batches.name, x)
-                if plausible.raw_images(x, self.model) and type(self).__call__ is Trainer.__call__:
-                    self._doubts.setdefault(
-                        f"`{batches.name}` looks like images from 0 to 255, and the model has no layer that scales: "
-                        f"divide by 255, or begin the model with `keras.layers.Rescaling(1 / 255)`.",
-                        False,
-                    )
-                for wanted in self._target_ranges:
-                    plausible.check_array(wanted, y, batches.name)
-        self._tell_doubts()
 
 
 def _due(validation_freq: int | Sequence[int], epoch: int) -> bool:

@@ -287,6 +287,18 @@ def without_log_dir(run):
     return run
 
 
+def without(run, name):
+    shutil.rmtree(run / name)
+    return run
+
+
+def of_keras(run):
+    model = keras.Sequential([layers.Input((4,)), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 4)), np.ones((4, 1)), callbacks=[keras.callbacks.TensorBoard(run)], verbose=0)
+    return run
+
+
 HOLD = """
 import sys, time
 import keras, numpy as np, looplab
@@ -784,6 +796,19 @@ ERRORS = {
         )
     },
     **{
+        f"initial_epoch={value}": (
+            ValueError,
+            ["`initial_epoch` must be a whole number of at least 0", f"{value!r} came"],
+            lambda _, value=value: trainer().fit(X, LABELS, initial_epoch=value),
+        )
+        for value in (-1, True, 1.0, None)
+    },
+    "epochs=None": (
+        ValueError,
+        ["`epochs` must be a whole", "None came"],
+        lambda _: trainer().fit(X, LABELS, epochs=None),
+    ),
+    **{
         f"{method} with {name}={value}": (
             ValueError,
             [f"`{name}` must be a whole number of at least 1", f"{value!r} came"],
@@ -947,7 +972,7 @@ ERRORS = {
     ),
     "log_dir that is a file, to go on": (
         ValueError,
-        ["`log_dir`", "cannot be written to", "another folder"],
+        ["`log_dir` must be a folder", "is a file", "another folder"],
         lambda place: resume(without_log_dir(place.run())),
     ),
     "log_dir that cannot be made": (
@@ -959,6 +984,16 @@ ERRORS = {
         ValueError,
         ["`log_dir`", "holds the run of another trainer", "`fit(..., resume=True)`", "new folder"],
         lambda place: resume(place.run(), resume=False),
+    ),
+    "log_dir that holds another run, without its event files": (
+        ValueError,
+        ["`log_dir`", "holds the run of another trainer"],
+        lambda place: resume(without(place.run(), "train"), resume=False),
+    ),
+    "log_dir to go on in, with event files of Keras": (
+        ValueError,
+        ["`resume`: `log_dir`", "event files that looplab did not write", "new folder"],
+        lambda place: resume(of_keras(place.folder / "run")),
     ),
     "log_dir in use by another process": (ValueError, ["`log_dir`", "is in use by process", "another folder"], in_use),
     "resume without log_dir": (

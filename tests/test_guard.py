@@ -97,14 +97,14 @@ def test_steps_can_be_passed_over_and_count_nowhere(line, tmp_path):
     trainer = Counting(net(), optimizer="adam", loss="mse", metrics=["mae"], log_dir=tmp_path)
     trainer.skip_nonfinite = 2
     with pytest.warns(UserWarning, match="4 of 10 steps were passed over"):
-        history = trainer.fit(poisoned(line, 0, 12, 45, 99), epochs=2, verbose=0).history
+        history = trainer.fit(poisoned(line, 0, 12, 45, 89), epochs=2, verbose=0).history
     assert trainer.skipped_steps == 8
     assert trainer.steps == 20
     assert int(tf.convert_to_tensor(trainer.optimizer.iterations)) == 12
     assert np.isfinite([*history["loss"], *history["mae"]]).all()
     assert all(np.isfinite(value).all() for value in state(trainer).values())
     points = read_scalars(tmp_path / "train")["batch_loss"]
-    assert [int(step) for step, value in zip(*points, strict=True) if np.isnan(value)] == [1, 2, 5, 10, 11, 12, 15, 20]
+    assert [int(step) for step, value in zip(*points, strict=True) if np.isnan(value)] == [1, 2, 5, 9, 11, 12, 15, 19]
     with pytest.raises(FloatingPointError, match="step 23"):
         trainer.fit(poisoned(line, 0, 12, 25), verbose=0)
 
@@ -117,6 +117,34 @@ def test_bad_steps_in_a_row_are_counted_over_graph_calls(line, steps_per_executi
         trainer.fit(poisoned(line, 25, 35, 45), verbose=0)
     with pytest.raises(FloatingPointError):
         trainer.fit(poisoned(line, 25, 35, 45, 55), verbose=0)
+
+
+def test_bad_steps_in_a_row_are_counted_over_epochs_and_where_it_goes_on(line, tmp_path):
+    def run(log_dir, fails_at=None):
+        def fail(epoch):
+            if epoch == fails_at:
+                raise InterruptedError
+
+        keras.utils.set_random_seed(0)
+        trainer = looplab.Trainer(net(), optimizer="sgd", loss="mse", log_dir=log_dir)
+        trainer.skip_nonfinite = 2
+        failing = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: fail(epoch))
+        trainer.fit(poisoned(line, 5, 95, 85), epochs=2, verbose=0, callbacks=[failing], resume=True)
+
+    with pytest.raises(FloatingPointError, match="at step 11 "), pytest.warns(UserWarning, match="3 of 10 steps"):
+        run(tmp_path / "whole")  # 9, 10 and the next epoch's first are passed over
+    with pytest.raises(InterruptedError), pytest.warns(UserWarning, match="3 of 10 steps"):
+        run(tmp_path / "parts", fails_at=1)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="at step 11 "):
+            run(tmp_path / "parts")
+
+
+def test_where_the_batch_cannot_be_written_the_fault_is_told(line, tmp_path):
+    (tmp_path / "nonfinite").write_text("a file")
+    trainer = looplab.Trainer(net(), optimizer="sgd", loss="mse", log_dir=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"at step 4 .*could not be written to .*step-4\.npz: File exists"):
+        trainer.fit(poisoned(line, 34), verbose=0)
 
 
 @tf.custom_gradient

@@ -3,13 +3,18 @@
 import functools
 import hashlib
 import json
+import os
 import shutil
+import signal
+import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 import looplab
 from looplab.testing import assert_resume_exact, read_scalars
@@ -170,6 +175,92 @@ def test_early_stopping_has_stopped_for_good(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+class StopInTheMidst(keras.callbacks.Callback):
+    """Stops after the third step, and sends a signal in the validation that comes then."""
+
+    def __init__(self, number=None):
+        super().__init__()
+        self.number = number
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training = np.float32(self.model.steps) >= 3  # a bool of NumPy's
+
+    def on_test_batch_end(self, batch, logs=None):
+        if self.number is not None:
+            os.kill(os.getpid(), self.number)
+            time.sleep(0.1)
+
+
+def test_an_epoch_that_a_callback_stopped_is_ended(tmp_path):
+    def run(log_dir, number=None):
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=log_dir, optimizer="adam").trainer
+        arguments = {"batch_size": 5, "epochs": 4, "validation_data": (X, Y), "callbacks": [StopInTheMidst(number)]}
+        return trainer.fit(X, Y, **arguments, verbose=0, resume=True).history, trainer.steps, trainer.epochs
+
+    whole = run(tmp_path / "whole")
+    assert (len(whole[0]["val_loss"]), *whole[1:]) == (1, 3, 1)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", signal.SIGTERM)
+    for _ in range(2):
+        assert run(tmp_path / "parts") == whole
+    assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
+def test_a_signal_while_a_later_epoch_is_traced_leaves_a_state_that_goes_on(tmp_path):
+    """What no attribute leads to, such as the seed of a bare `keras.random`, is found by tracing."""
+
+    class Noisy(looplab.Trainer):
+        def train_step(self, batch):
+            x, y = batch
+            if x.shape[0] == 5 and interrupts:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+            return super().train_step((x + keras.random.normal(tf.shape(x)), y))
+
+    def of_epoch(epoch):
+        return tf.data.Dataset.from_tensor_slices((X, Y)).batch(5 if epoch else 10, drop_remainder=True)
+
+    def run(log_dir):
+        keras.utils.clear_session(free_memory=False)
+        keras.utils.set_random_seed(0)
+        trainer = recipe(of_epoch, log_dir=log_dir, optimizer="adam", trainer=Noisy).trainer
+        return trainer.fit(of_epoch, epochs=2, verbose=0, resume=True).history
+
+    interrupts = False
+    whole = run(tmp_path / "whole")
+    interrupts = True
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts")
+    interrupts = False
+    assert run(tmp_path / "parts") == whole
+
+
+def test_hyperparameters_of_a_run_that_goes_on_are_shown_together(tmp_path):
+    def program(epochs):
+        trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+        trainer.log_hparams({"width": 8})
+        trainer.fit(X, Y, epochs=epochs, verbose=0, resume=True)
+        trainer.log_hparams({"epochs": epochs})
+
+    for epochs in (1, 2):
+        program(epochs)
+        (file,) = tmp_path.glob("events*")
+        (event,) = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
+        content = event.summary.value[0].metadata.plugin_data.content
+        info = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+        assert {name: value.number_value for name, value in info.hparams.items()} == {"width": 8, "epochs": epochs}
+
+
+def test_what_a_later_argument_makes_fail_removes_nothing(tmp_path):
+    recipe((X, Y), log_dir=tmp_path, optimizer="adam", checkpoint=None).trainer.fit(X, Y, verbose=0)
+    before = contents(tmp_path)
+    trainer = recipe((X, Y), log_dir=tmp_path, checkpoint=looplab.Checkpoint(monitor="nothing")).trainer
+    with pytest.raises(ValueError, match="`monitor` must be in the logs of an epoch"):
+        trainer.fit(X, Y, verbose=0, resume=True)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(("exchanges", "ended_after"), [(True, 3), (False, 3), (False, 0)])
 def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path, exchanges, ended_after):
     def program(log_dir, epochs_of_second):
@@ -285,6 +376,15 @@ def test_the_best_and_the_newest_stay_and_can_be_restored(tmp_path):
     trainer.fit(X, Y, epochs=5, validation_data=(X, Y), verbose=0, callbacks=[follow])
     left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert left == {"step-2-epoch-2", "step-4-epoch-4", "step-5-epoch-5"}
+    flipped = tmp_path / "checkpoints" / "step-5-epoch-5" / "state.json"
+    content = flipped.read_bytes()
+    flipped.write_bytes(content[:-1] + b" ")
+    for which, epoch in {"best": 1, "newest": 3}.items():
+        with pytest.warns(UserWarning, match="Skipped: checkpoint .*step-5-epoch-5 is damaged"):
+            trainer.restore(which)
+        for one, other in zip(trainer.get_weights(), weights[epoch], strict=True):
+            np.testing.assert_array_equal(one, other)
+    flipped.write_bytes(content)
     for which, epoch in {"best": 1, "newest": 4, tmp_path / "checkpoints" / "step-4-epoch-4": 3}.items():
         trainer.restore(which)
         for one, other in zip(trainer.get_weights(), weights[epoch], strict=True):
@@ -307,8 +407,22 @@ def test_what_a_run_was_made_with_is_told_where_it_is_otherwise(tmp_path):
         return recipe((X, Y), log_dir=tmp_path, **options).trainer.fit(X, Y, epochs=2, verbose=0, resume=True)
 
     run(optimizer=keras.optimizers.Adam(0.01))
-    with pytest.warns(UserWarning, match=r"learning_rate of `optimizer` was 0\.01, and now it is 0\.02"):
-        run(optimizer=keras.optimizers.Adam(0.02))
+    with pytest.warns(UserWarning, match="of `optimizer` was") as told:
+        history = run(optimizer=keras.optimizers.Adam(0.02, clipnorm=1.0))
+    assert [str(warning.message).partition(": ")[2] for warning in told] == [
+        "learning_rate of `optimizer` was 0.01, and now it is 0.02. It goes on with the saved one.",
+        "clipnorm of `optimizer` was None, and now it is 1. It goes on with the new one.",
+    ]
+    assert float(history.model.optimizer.learning_rate) == pytest.approx(0.01)
+
+
+def test_a_schedule_needs_no_config(tmp_path):
+    class Falling(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1 / (1 + tf.cast(step, "float32"))
+
+    trainer = recipe((X, Y), log_dir=tmp_path, optimizer=keras.optimizers.Adam(Falling())).trainer
+    assert len(trainer.fit(X, Y, epochs=2, verbose=0).history["loss"]) == 2
 
 
 @pytest.mark.parametrize(("every", "left"), [(3, 4), ("2 epochs", 3), ("1 second", 2)])

@@ -33,7 +33,7 @@ ALLOWED = {
     "summaries": {"projector", "warn"},
     "state": {"plain_files", "tracking", "warn"},
     "resume": {"checkpoint", "plain_files", "state", "warn"},
-    "steps": {"checks", "guard", "loop", "losses", "metrics", "plausible", "tracking", "warn"},
+    "steps": {"checks", "guard", "loop", "losses", "metrics", "plausible", "state", "tracking", "warn"},
     "log": {"checks", "lock", "projector", "steps", "summaries"},
     "tracing": {"data", "log", "loop", "randomness", "tracking", "warn"},
     "epoch": {"callbacks", "data", "guard", "loop", "metrics", "steps", "tracing", "tracking", "warn"},
@@ -49,7 +49,7 @@ ALLOWED = {
     "folder": {"callbacks", "report", "datasets"},
     "recipe": {"trainer", "datasets", "checks"},
     "continued": {"checkpoint", "datasets", "folder", "recipe"},
-    "running": {"callbacks", "checkpoint", "checks", "continued", "datasets", "folder", "recipe", "report"},
+    "running": {"callbacks", "checkpoint", "checks", "continued", "datasets", "folder", "recipe", "report", "state"},
     "command": {"checkpoint", "datasets", "lock", "plain_files", "recipe", "running"},
     "testing": {"checks", "checkpoint", "plain_files", "recipe"},
     "__main__": {"command"},
@@ -60,11 +60,7 @@ ALLOWED = {
 def imported(path):
     """The modules of looplab that a file imports."""
     names = set()
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):  # a type for annotations alone is no arrow
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "looplab":
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module.startswith("looplab."):

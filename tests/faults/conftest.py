@@ -1,7 +1,11 @@
 import functools
+import signal
 
 import pytest
 import runs
+
+# A shell lets what it starts with & ignore it, and so would all processes that are started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
