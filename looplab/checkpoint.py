@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from looplab import checks
 from looplab.plain_files import CheckpointError, NewerFormatError, Saved, delete, flatten, read_tree, sync, write
+from looplab.state import check_structure
 
 _NAME = re.compile(r"step-(\d{1,18})-epoch-(\d{1,18})")
 _UNFINISHED = ".unfinished-"
@@ -122,13 +123,14 @@ class Checkpoints:
         Raises:
             OSError: The one before could not be written.
             TypeError: The state has something else in it.
-            ValueError: This one or the one before is larger than what would be read.
+            ValueError: This one or the one before is larger than what would be read, or has another structure.
         """
         path = self.folder / f"step-{steps}-epoch-{epochs}"
         self.wait()
         # Where it is there already, nothing was done since: such as at the beginning of a second `fit`.
         if not path.exists():
             tree, arrays = flatten(state)
+            check_structure(path, tree)  # what is not to be read again must not push out what is
             size = sum(array.nbytes for array in arrays.values())
             if size > most:
                 largest = max(arrays, key=lambda name: arrays[name].nbytes)
@@ -176,7 +178,6 @@ class Checkpoints:
             write(unfinished, tree, arrays)
             os.rename(unfinished, path)
             sync(self.folder)
-            self._retain()
         except Exception as error:
             with contextlib.suppress(OSError):
                 delete(unfinished)
@@ -186,10 +187,17 @@ class Checkpoints:
                 f"The checkpoint {path} could not be written: {error.strerror or error}. Earlier ones are as they "
                 f"were. Make room or give access, and go on with `resume`."
             ) from error
+        try:
+            self._retain()
+        except OSError as error:
+            raise OSError(
+                f"The checkpoint {path} is written, and older ones could not be removed: {error}. Give access, and go "
+                f"on with `resume`."
+            ) from error
 
     def _retain(self) -> None:
         """Removes all but the newest, the best, and the last of each `fit`."""
-        paths, (best, _) = self.paths(), self.best()
+        paths, best = self.paths(), next(iter(self._by_worth()[0]), None)
         for path, newer in itertools.pairwise(reversed(paths[self.settings.keep - 1 :])):
             if path != best and self._fit_of(path) in (self._fit_of(newer), None):
                 self._remove(path)
@@ -208,22 +216,26 @@ class Checkpoints:
         found = [(match, path) for path in self.folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2])), reverse=True)]
 
-    def best(self) -> tuple[Path | None, list[str]]:
-        """The one with the best monitored value, the newest of equals, or None; and what is wrong with damaged ones."""
-        if self._lower_is_better is None:
-            return None, []
-        worth, skipped = self._worths()
-        best = max(worth, key=worth.__getitem__, default=None)
-        return (None if best is None or worth[best] == -math.inf else best), skipped
+    def best(self) -> tuple[Saved | None, list[str]]:
+        """The whole one with the best monitored value, the newest of equals, or None; and what is wrong with others."""
+        paths, skipped = self._by_worth()
+        saved, also_skipped = _first_sound(paths)
+        return saved, skipped + also_skipped
 
-    def last_of_fit(self, number: int, check: Callable[[Saved], None]) -> Saved | None:
+    def _by_worth(self) -> tuple[list[Path], list[str]]:
+        """Those that have a monitored value, the best first; and what is wrong with those that cannot be read."""
+        if self._lower_is_better is None:
+            return [], []
+        worth, skipped = self._worths()
+        paths = [path for path, value in worth.items() if value > -math.inf]
+        return sorted(paths, key=worth.__getitem__, reverse=True), skipped
+
+    def last_of_fit(self, number: int) -> Saved | None:
         """The last one of a call of `fit` (from 0) of this run; None where there is none, or it is damaged."""
         path = next((path for path in self.paths() if self._fit_of(path) == number), None)
         if path is not None:
             with contextlib.suppress(CheckpointError):
-                saved = Saved(path)
-                check(saved)
-                return saved
+                return _sound(path)
         return None
 
     def _fit_of(self, path: Path) -> int | None:
@@ -255,28 +267,40 @@ class Checkpoints:
             return -math.inf
         return -monitored if self._lower_is_better else monitored
 
-    def newest(self, check: Callable[[Saved], None] = lambda saved: None) -> tuple[Saved | None, list[str]]:
+    def newest(self) -> tuple[Saved | None, list[str]]:
         """The newest whole one, or None where there is none; and what is wrong with each newer one, which is skipped.
-
-        Args:
-            check: Raises a CheckpointError, too, where it finds something wrong.
 
         Raises:
             CheckpointError: There are some, but none is whole; or the newest is of a newer format.
         """
-        skipped: list[str] = []
-        for path in self.paths():
-            try:
-                saved = Saved(path)
-                check(saved)
-                return saved, skipped
-            except NewerFormatError:
-                raise
-            except CheckpointError as error:
-                skipped.append(str(error))
-        if skipped:
+        saved, skipped = _first_sound(self.paths())
+        if skipped and saved is None:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole: {' '.join(skipped)} To train from the beginning, "
                 f"pass another `log_dir`, or remove this one."
             )
-        return None, []
+        return saved, skipped
+
+
+def _first_sound(paths: Iterable[Path]) -> tuple[Saved | None, list[str]]:
+    """The first that is whole, or None; and what is wrong with those before it."""
+    skipped: list[str] = []
+    for path in paths:
+        try:
+            return _sound(path), skipped
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def _sound(path: Path) -> Saved:
+    """The checkpoint in this folder, whole and with the structure that ours have.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    saved = Saved(path)
+    check_structure(path, saved.tree)
+    return saved

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,9 +27,11 @@ R = TypeVar("R")
 
 def whole(least: int, name: str, value: Any) -> int:
     """It is a whole number; as Python's own, which a checkpoint and JSON have."""
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}; {value!r} came.")
-    return operator.index(value)
+    with contextlib.suppress(TypeError):
+        number = operator.index(value)
+        if number >= least and not isinstance(value, (bool, np.bool_)):
+            return number
+    raise ValueError(f"`{name}` must be a whole number of at least {least}; {value!r} came.")
 
 
 def positive(**arguments: Any) -> list[Any]:
@@ -38,7 +41,7 @@ def positive(**arguments: Any) -> list[Any]:
 
 def validation_freq(value: Any) -> int | list[int]:
     """It is a whole number from 1 on, or some of them; as Python's own."""
-    if isinstance(value, (list, tuple, set, range, np.ndarray)):
+    if isinstance(value, set) or np.ndim(value):
         return [whole(1, "validation_freq", number) for number in value]
     return whole(1, "validation_freq", value)
 
@@ -56,7 +59,8 @@ def no_other_run(log_dir: Path, go_on: bool = False) -> None:
     """The log folder holds no run of another trainer; or, to go on, nothing but one."""
     if log_dir.exists() and not log_dir.is_dir():
         raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file. Pass another folder.")
-    if go_on and _holds_run(log_dir) and not may_go_on(log_dir):
+    own = any(any(log_dir.glob(f"{folder}/events.out.*")) for folder in ("train", "validation"))
+    if go_on and own and not may_go_on(log_dir):
         raise ValueError(
             f"`resume`: `log_dir` {log_dir} holds event files that looplab did not write, and no run to go on with. "
             f"Pass a new folder, or remove this one."
@@ -105,6 +109,8 @@ def _holds_run(log_dir: Path) -> bool:
 
 def callbacks(given: Any) -> list[keras.callbacks.Callback]:
     """It is one Keras callback, or a structure of some, and none does what the trainer itself does; as a list."""
+    if isinstance(given, Iterable) and not isinstance(given, (list, tuple, dict)):
+        given = list(given)
     flat = [] if given is None else keras.tree.flatten(given)
     instead = {
         keras.callbacks.TensorBoard: "pass `log_dir` to the trainer, which writes every step",

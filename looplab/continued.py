@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
 
 from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.folder import NOT_ARGUMENTS, RunFolder, as_json, environment, read_config
@@ -28,12 +31,13 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
     if config.get("recipe") != name:
         raise UsageError(f"`resume` {folder} has a run of {config.get('recipe')}; {name} cannot go on with it.")
     before = {name: value for name, value in config.items() if name not in NOT_ARGUMENTS}
-    for name, value in given.items():
-        _check_as_before(name, as_json(value), before.get(name), folder)
     own = defaults(recipe)
-    kept = [name for name, value in own.items() if name not in given and as_json(value) == before.get(name, ...)]
+    unheld = not_json(recipe, own)
+    for name, value in [*given.items(), *((name, own[name]) for name in unheld if name not in given)]:
+        if name not in config["not_json"]:  # else all there is of it is a text
+            _check_as_before(name, as_json(value), before.get(name), folder)
     for name in config["not_json"]:
-        if name not in given and name not in kept:
+        if name not in given:
             raise UsageError(f"`resume`: `{name}` was an object, which config.json cannot hold. Pass it again.")
     versions = config["environment"].get("versions") if type(config.get("environment")) is dict else None
     if versions != environment(recipe)["versions"]:
@@ -43,24 +47,58 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
         if name not in known:
             before.pop(name, None)
     for name, value in before.items():
-        if name in kept:
+        if name in unheld:
             before[name] = own[name]
             continue
-        default = Checkpoint() if name == "checkpoint" else own.get(name)
-        chosen = given.pop(name) if dataclasses.is_dataclass(default) and isinstance(given.get(name), dict) else {}
+        kind = _kinds(recipe).get(name)
+        chosen = given.pop(name) if dataclasses.is_dataclass(kind) and isinstance(given.get(name), dict) else {}
         try:
-            before[name] = _restored(value, default, chosen)
+            before[name] = _restored(value | chosen if chosen else value, kind)
         except (TypeError, ValueError) as error:
             raise UsageError(f"`resume`: the config.json in {folder} has a `{name}` of {value}.") from error
     return before | given
 
 
-def _restored(value: Any, default: Any, chosen: dict[str, Any]) -> Any:
-    """A value of config.json in the type of the argument's default; of a dataclass, with the fields chosen now."""
-    if dataclasses.is_dataclass(default) and value is not None:
-        kind: Any = type(default)
-        return kind(**value | chosen)
-    return type(default)(value) if isinstance(default, (tuple, Path)) and value is not None else value
+def not_json(recipe: Callable[..., Recipe], arguments: dict[str, Any]) -> list[str]:
+    """The names of those arguments that would not come back from `config.json` as they are."""
+    kinds = _kinds(recipe)
+    return [name for name, value in arguments.items() if not _comes_back(value, kinds.get(name))]
+
+
+def _comes_back(value: Any, kind: Any) -> bool:
+    if dataclasses.is_dataclass(value) and type(value) is kind:
+        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
+        return all(_comes_back(str(field) if isinstance(field, PurePath) else field, None) for field in fields)
+    if isinstance(value, np.generic):
+        value = value.item()
+    again = _restored(as_json(value), kind)
+    return type(again) is type(value) and repr(again) == repr(value)
+
+
+def _kinds(recipe: Callable[..., Recipe]) -> dict[str, Any]:
+    """The type of each argument: of its default, else as it is annotated."""
+    try:
+        hints = typing.get_type_hints(recipe)
+    except Exception:  # of names that are there for a type checker alone
+        hints = {}
+    kinds: dict[str, Any] = {}
+    for name, hint in hints.items():
+        inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        kind = inner[0] if type(None) in typing.get_args(hint) and len(inner) == 1 else hint
+        kinds[name] = typing.get_origin(kind) or kind
+    kinds |= {name: type(value) for name, value in defaults(recipe).items() if value is not None}
+    return kinds | {"checkpoint": Checkpoint}
+
+
+def _restored(value: Any, kind: Any) -> Any:
+    """A value of `config.json` as one of this type, where JSON has no such type."""
+    if not isinstance(kind, type):
+        return value
+    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+        return kind(**value)
+    if isinstance(value, list) and issubclass(kind, tuple):
+        return kind._make(value) if hasattr(kind, "_make") else kind(value)
+    return kind(value) if isinstance(value, str) and issubclass(kind, PurePath) else value
 
 
 def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:

@@ -70,11 +70,7 @@ class Epochs(Traces):
         pace = Pace(self._pace(hooks))
         skipped = 0
         most = between(progress.done)
-        while not (
-            progress.ended
-            or progress.done == batches.steps
-            or (kind == "train" and self.stop_training and progress.done)  # as in Keras, after the first call
-        ):
+        while not self._is_over(kind, batches, progress):
             done = progress.done
             asked = pace.next(*(left for left in (batches.steps and batches.steps - done, most) if left is not None))
             began = time.time()
@@ -93,7 +89,7 @@ class Epochs(Traces):
             self._tell_doubts()
             clean = logs.faults == 0
             in_a_row = int(clean[::-1].argmax()) if clean.any() else progress.in_a_row + logs.done
-            stopped = logs.done > 0 and (logs.faults[-1] < 0 or in_a_row > self.skip_nonfinite)
+            stopped = logs.done > 0 and bool(logs.faults[-1] < 0 or in_a_row > self.skip_nonfinite)
             progress.in_a_row = in_a_row - stopped  # the last one is not done
             told = logs.first(logs.done - 1) if stopped else logs
             self._count(kind, loop, progress, told, folder, began)
@@ -111,6 +107,12 @@ class Epochs(Traces):
         if not progress.done:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
         return self._results(kind, progress.means)
+
+    def _is_over(self, kind: str, batches: data.Batches, progress: Progress) -> bool:
+        """Whether a pass has come to its end."""
+        if progress.ended or (batches.steps is not None and progress.done >= batches.steps):
+            return True
+        return kind == "train" and bool(self.stop_training) and progress.done > 0  # as in Keras, after a first call
 
     def _count(self, kind: str, loop: Loop, progress: Progress, logs: CallLogs, folder: str | None, began: float):
         """Enters what a graph call told into the means, the counters, and the event files."""

@@ -60,6 +60,7 @@ class Fit:
         with self._interrupts, self._saving():
             with self._interrupts.at_once():
                 self._prepare()
+            trainer.epochs, trainer.stop_training = max(trainer.epochs, self.first_epoch), False
             trainer._settle(goes_on=self.resumed.newest is not None)
             self._at_first.append(state.attributes(self.callbacks.callbacks))
             self.callbacks.on_train_begin()
@@ -87,7 +88,7 @@ class Fit:
 
     def _has_more(self) -> bool:
         """Whether there is another epoch, or one to end: a callback may have stopped in the midst of it."""
-        return self._in_epoch or (self._epoch < self.epochs and not self.trainer.stop_training)
+        return self._epoch < self.epochs and (self._in_epoch or not self.trainer.stop_training)
 
     def _prepare(self) -> None:
         """Traces all steps, so that all variables are there, and tells what does not fit before one is changed."""

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -42,8 +43,7 @@ class RunFolder:
     def write_config(self, config: dict[str, Any], recipe: Callable, data: Arrays | None) -> None:
         """`config.json`: all arguments, the data, and what else decides a run's bits. The run is unfinished then."""
         (self.path / _LAST).unlink(missing_ok=True)
-        told = {**config, "not_json": [name for name, value in config.items() if not _is_json(value)]}
-        told |= {"log_dir": self.path, "data_source": _described(data), "environment": environment(recipe)}
+        told = config | {"log_dir": self.path, "data_source": _described(data), "environment": environment(recipe)}
         _write_json(self.path / "config.json", told)
 
     def write_history(self, history: dict[str, list[float]], began: float, steps: int) -> float:
@@ -138,15 +138,6 @@ def _plain(value: Any) -> Any:
         return dataclasses.asdict(value)
     if isinstance(value, np.generic):
         return value.item()
-    name = getattr(value, "__qualname__", "<")  # of a class or a function, and the same in another process
-    return str(value) if "<" in name else f"{value.__module__}:{name}"
-
-
-def _is_json(value: Any) -> bool:
-    """Whether `as_json` keeps all of it, but for what kind of list, path or dataclass it is."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_json, value))
-    plain = (bool, int, float, str, np.number, np.bool_, Path)
-    return value is None or isinstance(value, plain) or dataclasses.is_dataclass(value)
+    if hasattr(value, "__qualname__"):  # a class or a function, in words that are the same in another process
+        return f"{value.__module__}:{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -7,7 +7,6 @@ from typing import Any
 
 from looplab.checkpoint import Checkpoints
 from looplab.plain_files import CheckpointError, Saved
-from looplab.state import check_structure
 from looplab.warn import warn
 
 
@@ -50,10 +49,10 @@ class Resumed:
             for setting in {**then, **now}:
                 was, is_now = then.get(setting), now.get(setting)
                 if was != is_now:
-                    # A rate that is a number is in the checkpoint, as it changes in training; a schedule is not.
-                    is_saved = setting == "learning_rate" and not str(is_now).startswith("class")
-                    used = "the saved one" if is_saved else "the new one"
-                    warn(f"`resume`: {setting} of `{name}` was {was}, and now it is {is_now}. It goes on with {used}.")
+                    warn(
+                        f"`resume`: {setting} of `{name}` was {was}, and now it is {is_now}. Numbers that a training "
+                        f"changes, such as a rate, go on as they were saved; all else is as it is now."
+                    )
 
 
 def find(checkpoints: Checkpoints, number: int) -> Resumed:
@@ -62,7 +61,7 @@ def find(checkpoints: Checkpoints, number: int) -> Resumed:
     Raises:
         CheckpointError: There are some, but none is whole; or the newest is of a newer format.
     """
-    newest, skipped = checkpoints.newest(check_structure)
+    newest, skipped = checkpoints.newest()
     for reason in skipped:
         warn(f"Skipped: {reason}")
     if newest is None or newest.tree["fit"] < number:
@@ -70,4 +69,4 @@ def find(checkpoints: Checkpoints, number: int) -> Resumed:
     if newest.tree["fit"] == number:
         return Resumed(newest, newest)
     print(f"looplab: call {number + 1} of `fit` in {checkpoints.folder.parent} was finished before.", flush=True)
-    return Resumed(newest, checkpoints.last_of_fit(number, check_structure), again=True)
+    return Resumed(newest, checkpoints.last_of_fit(number), again=True)

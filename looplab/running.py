@@ -17,9 +17,9 @@ import numpy as np
 from looplab import checks, report
 from looplab.callbacks import write_png
 from looplab.checkpoint import Checkpoint
-from looplab.continued import as_before, has_checkpoint, is_finished
+from looplab.continued import as_before, has_checkpoint, is_finished, not_json
 from looplab.datasets import Data, Unread, read_picture
-from looplab.folder import RUN_FILES, RunFolder, read_config
+from looplab.folder import NOT_ARGUMENTS, RUN_FILES, RunFolder, read_config
 from looplab.recipe import Recipe, UsageError, defaults, module_name
 from looplab.state import config_of
 
@@ -58,9 +58,10 @@ def run(
         options = as_before(recipe, Path(resume), options)
     arguments = {"seed": 0, "precision": "float32", "weights": None, **options}
     seed, precision, weights = (arguments.pop(name) for name in ("seed", "precision", "weights"))
-    folder = RunFolder(resume or arguments.pop("log_dir", None), recipe.__name__)
+    log_dir = arguments.pop("log_dir", None)
+    folder = RunFolder(resume or log_dir, recipe.__name__)
     goes_on = resume is not None and has_checkpoint(folder.path)  # else it begins anew, from its weights
-    _check_files(folder.path, None if goes_on else weights, plot, is_new=resume is None)
+    _check_files(folder.path, weights if resume is None else None, plot, is_new=resume is None)
     began = time.time()
     with _precision(precision):
         ready = make(recipe, seed, log_dir=folder.path, **arguments)
@@ -69,19 +70,30 @@ def run(
             ready.build(folder.path / "model.weights.h5")
             return ready
         if weights is not None and not goes_on:
+            _check_weights(weights)
             ready.build(weights)
         checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
-        config = {**defaults(recipe), **arguments, "seed": seed, "precision": precision, "weights": weights}
+        own = defaults(recipe)
+        config = {**own, **arguments, "seed": seed, "precision": precision, "weights": weights and str(weights)}
         config |= {"epochs": ready.epochs, "batch_size": ready.batch_size}  # where a recipe chose them
         optimizers = {path: config_of(optimizer) for path, optimizer in ready.trainer.optimizers.items()}
         told = {"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config, "optimizers": optimizers}
-        folder.write_config(told, recipe, ready.data)
-        ready.trainer.log_hparams(_flat(config))
-        if report.missing():
-            print("looplab: no report and no pictures at the end: pip install 'looplab[report]' adds them.", flush=True)
-        elif ready.predict:
-            _show_samples(ready, folder)
-        history = ready.fit(verbose, resume=resume is not None).history
+        told["not_json"] = not_json(recipe, {n: value for n, value in config.items() if value is not own.get(n, ...)})
+
+        def begin() -> None:
+            folder.write_config(told, recipe, ready.data)
+            ready.trainer.log_hparams(_flat(config))
+            if report.missing():
+                print("looplab: no report and no pictures: pip install 'looplab[report]' adds them.", flush=True)
+            elif ready.predict:
+                _show_samples(ready, folder)
+
+        if resume is None:
+            begin()  # before the step is traced, which takes long: it can be gone on with from here on
+            history = ready.fit(verbose).history
+        else:  # what is there is not touched before `fit` has found that it can go on
+            callbacks = [_AtBeginning(begin), *ready.callbacks]
+            history = dataclasses.replace(ready, callbacks=callbacks).fit(verbose, resume=True).history
         ready.trainer.save_weights(folder.path / "model.weights.h5")
         if not report.missing():
             text = _report(ready, folder, history, plot)
@@ -92,6 +104,19 @@ def run(
         print(f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}. To watch them:")
         print(f"  tensorboard --logdir {folder.path.parent} --samples_per_plugin scalars=999999999")
     return ready
+
+
+class _AtBeginning(keras.callbacks.Callback):
+    """Calls a function when the training begins."""
+
+    stateless = True
+
+    def __init__(self, begin: Callable[[], None]):
+        super().__init__()
+        self._begin = begin
+
+    def on_train_begin(self, logs=None):
+        self._begin()
 
 
 def predict(
@@ -132,6 +157,8 @@ def summarize(recipe: Callable[..., Recipe], *, precision: str = "float32", **op
 def make(recipe: Callable[..., Recipe], seed: int, **options: Any) -> Recipe:
     """What the recipe function returns."""
     keras.utils.set_random_seed(seed)
+    if taken := set(inspect.signature(recipe).parameters) & set(NOT_ARGUMENTS) - {"log_dir"}:
+        raise UsageError(f"recipe `{recipe.__name__}`: call `{taken.pop()}` otherwise, config.json has it for itself.")
     try:
         inspect.signature(recipe).bind(seed=seed, **options)
     except TypeError as error:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.plain_files import CheckpointError, Saved, damaged, flatten, plain
+from looplab.plain_files import CheckpointError, damaged, flatten, plain
 from looplab.tracking import path_of, to_numpy
 from looplab.warn import warn
 
@@ -62,17 +62,17 @@ def _in_words(value: Any) -> str:
     return str(value) if plain(value) else getattr(value, "__name__", type(value).__name__)
 
 
-def check_structure(saved: Saved) -> None:
-    """The state has what a state of ours has.
+def check_structure(path: Path, tree: dict[str, Any]) -> None:
+    """The state of a checkpoint, without its arrays, has what a state of ours has.
 
     Raises:
         CheckpointError: It has not.
     """
-    tree = saved.tree
+    tree.setdefault("in_a_row", 0)  # it was added later
     for name, kind in _KINDS.items():
         value = tree.get(name)
         if type(value) is not kind or (isinstance(value, int) and name != "seed" and not 0 <= value < 2**53):
-            raise damaged(saved.path, f"its state has {name} {str(value)[:40]}")
+            raise damaged(path, f"its state has {name} {str(value)[:40]}")
     variables, means, callbacks = tree["variables"].values(), tree["means"], tree["callbacks"].values()
     sums = means["sums"].values() if _has(means, {"sums": dict, "weight": float}) else [None]
     for is_right, name in [
@@ -88,7 +88,7 @@ def check_structure(saved: Saved) -> None:
         (isinstance(tree.get("monitored"), (float, type(None))), "monitored"),
     ]:
         if not is_right:
-            raise damaged(saved.path, f"its state has malformed {name}")
+            raise damaged(path, f"its state has malformed {name}")
 
 
 def _has(part: Any, kinds: dict[str, type]) -> bool:

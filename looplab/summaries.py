@@ -15,15 +15,19 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams.api import hparams_pb
+from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from looplab.projector import Embeddings
 from looplab.warn import warn
 
+_MOST_BYTES = 2**20  # of a file of hyperparameters: a larger one is no such
 _FOLDERS = ("train", "validation")
 _count = itertools.count()
 
@@ -34,7 +38,6 @@ class RunWriter:
     def __init__(self, log_dir: Path | None):
         self._log_dir = log_dir
         self._writers: dict[str, _Writer] = {}
-        self._hparams: dict[str, bool | int | float | str] = {}
         self._has_graph = False
 
     @property
@@ -71,15 +74,25 @@ class RunWriter:
         finds in a folder's files: so each call replaces the file of the one before.
         """
         if self._log_dir is not None:
-            self._hparams |= {name: _hparam(value) for name, value in values.items()}
+            before = self._hparams_files()
+            shown = dict(itertools.chain(*(file.items() for file in before.values())))
+            now = shown | {name: _hparam(value) for name, value in values.items()}
+            if len(before) == 1 and now == shown:
+                return
             writer = self._writer("")
-            before = [*self._log_dir.glob("events.out.tfevents.*")]
             # By default runs of the same hyperparameters would be one row, with the means of their metrics.
-            summary = hparams_pb(self._hparams, trial_id="")
+            summary = hparams_pb(now, trial_id="")
             writer.write(Event(wall_time=time.time(), summary=summary))
             writer.close()
             for file in before:
                 file.unlink()
+
+    def _hparams_files(self) -> dict[Path, dict[str, Any]]:
+        """The event files in `log_dir` itself that have hyperparameters and nothing else, and these."""
+        assert self._log_dir is not None
+        files = [file for file in sorted(self._log_dir.glob("events.out.tfevents.*")) if not file.is_symlink()]
+        read = {file: _read_hparams(file) for file in files if file.stat().st_size < _MOST_BYTES}
+        return {file: values for file, values in read.items() if values is not None}
 
     def embeddings(self, folder: str, embeddings: Embeddings) -> None:
         """Writes vectors, and what to show at each, for the projector; they replace those of the same name."""
@@ -106,8 +119,7 @@ class RunWriter:
 
     def remove(self) -> None:
         """Removes all event files, also those of hyperparameters."""
-        assert self._log_dir is not None
-        for file in [*self.files(), *self._log_dir.glob("events.out.tfevents.*")]:
+        for file in [*self.files(), *self._hparams_files()]:
             file.unlink()
 
     def rewind(self, sizes: dict[str, int]) -> None:
@@ -207,6 +219,18 @@ class _Writer:
             self._file = tf.io.TFRecordWriter(str(self.path))
             self._file.write(Event(wall_time=moment, file_version="brain.Event:2").SerializeToString())
         return self._file
+
+
+def _read_hparams(file: Path) -> dict[str, Any] | None:
+    """The hyperparameters in an event file; None where it has none, or anything else."""
+    values = [value for event in EventFileLoader(str(file)).Load() for value in event.summary.value]
+    if not values or any(value.metadata.plugin_data.plugin_name != PLUGIN_NAME for value in values):
+        return None
+    shown: dict[str, Any] = {}
+    for value in values:
+        data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        shown |= {name: getattr(v, v.WhichOneof("kind")) for name, v in data.session_start_info.hparams.items()}
+    return shown
 
 
 def _metadata(plugin: str, data_class: int) -> SummaryMetadata:

@@ -37,7 +37,7 @@ class Traces(Logs):
         self.run_eagerly = run_eagerly
         self._traced: list[_Traced] = []
         self._signatures: dict[str, list[Any]] = {"train": [], "test": [], "predict": []}
-        self._stray_variables = _Hidden([])
+        self._stray_variables: _Hidden = _Hidden({"train": [], "test": []})
         self._stop = _Hidden(tf.Variable(False, trainable=False, name="stop"))
 
     def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
@@ -51,7 +51,7 @@ class Traces(Logs):
             strays: list[Any] = []
             # Metrics that a trace makes, and strays, are seen by the next alone. What a guarded update alone changes is
             # not kept, which would cost a copy; that there is more to keep is known once the step was traced.
-            while loop is None or metrics != self.metrics or loop.unkept or len(strays) != len(self._strays()):
+            while loop is None or metrics != self.metrics or loop.unkept or len(strays) < len(self._strays()):
                 metrics, strays = self.metrics, self._strays()
                 with self._recording():
                     loop = Loop(
@@ -67,8 +67,8 @@ class Traces(Logs):
                         eagerly,
                     )
                 kept.extend(loop.unkept)
-                if learns and not eagerly:
-                    self._find_strays(loop)
+                if not eagerly:
+                    self._find_strays(kind, loop)
             return loop
 
         return self._traced_once(kind, (self.jit_compile, eagerly), element_spec, make)
@@ -98,8 +98,8 @@ class Traces(Logs):
         self._traced.append(_Traced((kind, options), element_spec, call, self._trained()))
         return call
 
-    def _find_strays(self, loop: Loop) -> None:
-        """Finds what a training step changes and the trainer does not hold.
+    def _find_strays(self, kind: str, loop: Loop) -> None:
+        """Finds what a step changes and the trainer does not hold.
 
         That of Keras's own seeds, which a bare `keras.random.normal(shape)` draws from, can be saved; that of
         TensorFlow's stateful random operations cannot.
@@ -109,17 +109,19 @@ class Traces(Logs):
         optimized = [variable for optimizer in self.optimizers.values() for variable in optimizer.variables]
         held = (*self._held_state(), *optimized, *self._guard.variables, *self._batch_metrics.variables)
         known = {id(_value(variable)) for variable in held}
-        self._stray_variables = _Hidden([v for v in loop.variables if not v.trainable and id(v) not in known])
-        if self.log_dir is not None and loop.graph is not None and (found := random_operations(loop.graph)):
-            self._doubts.setdefault(
-                f"`train_step` has random numbers that no checkpoint can bring back ({', '.join(found)}): after a "
-                f"resume they are others. Use `keras.random` with `seed=self.seed_generator`, or a layer's own "
-                f"`keras.random.SeedGenerator`.",
-                False,
-            )
+        self._stray_variables.value[kind] = [v for v in loop.variables if not v.trainable and id(v) not in known]
+        if kind == "train" and self.log_dir is not None and loop.graph is not None:
+            found = random_operations(loop.graph)
+            if found:
+                self._doubts.setdefault(
+                    f"`train_step` has random numbers that no checkpoint can bring back ({', '.join(found)}): after a "
+                    f"resume they are others. Use `keras.random` with `seed=self.seed_generator`, or a layer's own "
+                    f"`keras.random.SeedGenerator`.",
+                    False,
+                )
 
     def _strays(self) -> list[tf.Variable]:
-        return self._stray_variables.value
+        return list({id(v): v for strays in self._stray_variables.value.values() for v in strays}.values())
 
     def _warn_of_retraces(self, kind: str, element_spec: Any) -> None:
         """Once, at the third trace: a step is traced for the training's data, and it may be for one other."""

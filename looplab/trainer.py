@@ -172,7 +172,6 @@ class Trainer(Epochs):
             callback_list = keras.callbacks.CallbackList(
                 given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
             )
-            self.epochs, self.stop_training = first, False
             try:
                 Fit(
                     self,
@@ -270,22 +269,21 @@ class Trainer(Epochs):
                 raise ValueError("`restore` needs the trainer's `log_dir` and `checkpoint`, or a checkpoint's folder.")
             checkpoints = Checkpoints(self.log_dir / "checkpoints", self.checkpoint)
             if checkpoint == "newest":
-                saved, skipped = checkpoints.newest(state.check_structure)
+                saved, skipped = checkpoints.newest()
             else:
                 if self.checkpoint.monitor is None:
                     raise ValueError('`restore("best")` needs a `monitor` of the trainer\'s `checkpoint`.')
                 checkpoints.prefer(lower_is_better(self.checkpoint.monitor, self.checkpoint.mode, self.metrics))
-                best, skipped = checkpoints.best()
-                saved = None if best is None else Saved(best)
+                saved, skipped = checkpoints.best()
             for reason in skipped:
                 warn(f"Skipped: {reason}")
             if saved is None:
                 raise ValueError(f"`checkpoint`: there is no {checkpoint} one in {checkpoints.folder}.")
         elif Path(checkpoint).is_dir():
             saved = Saved(Path(checkpoint))
+            state.check_structure(saved.path, saved.tree)
         else:
             raise ValueError(f'`checkpoint` must be "newest", "best", or a folder; {checkpoint} came, and is none.')
-        state.check_structure(saved)
         variables = self._all_state()
         values = saved.load(state.most_bytes(variables))["variables"]
         state.check(variables, values, saved.path)

@@ -792,8 +792,9 @@ ERRORS = {
         )
         for name, value in itertools.product(
             ("epochs", "batch_size", "steps_per_epoch", "validation_steps", "validation_batch_size", "validation_freq"),
-            (0, -1, True, 1.5),
+            (0, -1, True, 1.5, np.array([1])),
         )
+        if not (name == "validation_freq" and np.ndim(value))
     },
     **{
         f"initial_epoch={value}": (

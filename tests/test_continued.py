@@ -81,11 +81,17 @@ def line(
     scales=(1.0, 2.0),
     by_class={0: 1.0, 1: 2.0},  # noqa: B006
     folder: Path = Path("."),
+    source: Path | None = None,
+    pair: tuple[int, int] | None = None,
+    more: Sizes | None = None,
+    notes=None,
     **trainer_options,
 ):
     """Learns a line, and holds that its arguments have the types that they were given with."""
     assert [type(scales), type(by_class[0]), type(sizes)] == [tuple, float, Sizes]
     assert isinstance(folder / "file", Path)
+    for value, kind in ((source, Path), (pair, tuple), (more, Sizes)):
+        assert value is None or isinstance(value, kind)
     inner = [keras.layers.Dense(sizes.width, activation, name=f"layer_{index}") for index in range(sizes.depth)]
     model = keras.Sequential([*inner, keras.layers.Dense(width, name="hidden"), keras.layers.Dense(1, name="line")])
     trainer = looplab.Trainer(model, optimizer="adam", loss="mse", **trainer_options)
@@ -173,6 +179,7 @@ def test_a_run_that_saved_nothing_begins_again_from_its_weights(tmp_path):
 
 def test_arguments_come_back_with_the_types_that_they_had(tmp_path):
     given = {"sizes": Sizes(5, 2), "scales": (3.0,), "folder": tmp_path, "epochs": np.int64(1)}
+    given |= {"source": tmp_path / "data", "pair": (1, 2), "more": Sizes(depth=9)}
     looplab.run(line, log_dir=tmp_path / "run", verbose=0, **given)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["sizes"] == {"width": 5, "depth": 2}
@@ -182,14 +189,53 @@ def test_arguments_come_back_with_the_types_that_they_had(tmp_path):
 
 
 def test_what_config_json_cannot_hold_is_asked_for(tmp_path):
-    others = {"activation": lambda x: x, "by_class": {0: 3.0}}
-    looplab.run(line, log_dir=tmp_path / "run", verbose=0, **others)
-    for name in others:
+    def others():  # another process has other objects
+        return {"activation": lambda x: x, "by_class": {0: 3.0}, "notes": ((5, 6),)}
+
+    looplab.run(line, log_dir=tmp_path / "run", verbose=0, **others())
+    for name in others():
+        given = {other: value for other, value in others().items() if other != name}
         with pytest.raises(UsageError, match=f"`{name}` was an object, which config.json cannot hold. Pass it again"):
-            looplab.run(
-                line, resume=tmp_path / "run", epochs=2, verbose=0, **{k: v for k, v in others.items() if k != name}
-            )
-    assert looplab.run(line, resume=tmp_path / "run", epochs=2, verbose=0, **others).trainer.epochs == 2
+            looplab.run(line, resume=tmp_path / "run", epochs=2, verbose=0, **given)
+    assert looplab.run(line, resume=tmp_path / "run", epochs=2, verbose=0, **others()).trainer.epochs == 2
+
+
+def test_another_default_that_config_json_cannot_hold_is_refused(tmp_path):
+    looplab.run(line, log_dir=tmp_path / "run", verbose=0)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["activation"] = "elsewhere:tanh"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"`activation` is .*:relu, and the run in .* has elsewhere:tanh"):
+        looplab.run(line, resume=tmp_path / "run", epochs=2, verbose=0)
+
+
+def test_what_fit_refuses_leaves_a_finished_run_finished(tmp_path, capsys):
+    looplab.run(line, log_dir=tmp_path / "run", verbose=0)
+    for path in (tmp_path / "run" / "checkpoints").glob("*/state.json"):
+        path.write_text("{}")
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+        looplab.run(line, resume=tmp_path / "run", epochs=2, verbose=0)
+    assert files(tmp_path / "run") == before
+    looplab.run(line, resume=tmp_path / "run", log_dir=tmp_path / "run", verbose=0)
+    assert "it is left as it is" in capsys.readouterr().out
+
+
+def test_a_finished_run_needs_neither_weights_nor_checkpoints(tmp_path, capsys):
+    looplab.run(line, log_dir=tmp_path / "first", verbose=0)
+    weights = tmp_path / "first" / "model.weights.h5"
+    looplab.run(line, log_dir=tmp_path / "run", weights=weights, checkpoint=None, verbose=0)
+    weights.unlink()
+    looplab.run(line, resume=tmp_path / "run", verbose=0)
+    assert "it is left as it is" in capsys.readouterr().out
+
+
+def test_an_argument_must_not_have_a_name_that_config_json_has_for_itself(tmp_path):
+    def named(environment="none", **options):
+        return line(**options)
+
+    with pytest.raises(UsageError, match="recipe `named`: call `environment` otherwise"):
+        looplab.run(named, log_dir=tmp_path / "run", verbose=0)
 
 
 @pytest.mark.parametrize(

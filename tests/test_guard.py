@@ -140,6 +140,23 @@ def test_bad_steps_in_a_row_are_counted_over_epochs_and_where_it_goes_on(line, t
             run(tmp_path / "parts")
 
 
+def test_what_ends_a_training_whatever_may_be_skipped_can_be_mended_and_gone_on_from(line, tmp_path):
+    def run(log_dir, label):
+        keras.utils.set_random_seed(0)
+        labels = np.zeros(100, "int64")
+        labels[55] = label
+        data = tf.data.Dataset.from_tensor_slices((line[0], labels)).batch(10)
+        model = keras.Sequential([layers.Input((4,)), layers.Dense(2)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        trainer = looplab.Trainer(model, optimizer="adam", loss=loss, log_dir=log_dir, seed=0)
+        return trainer.fit(data, verbose=0, resume=True).history
+
+    whole = run(tmp_path / "whole", 1)
+    with pytest.raises(ValueError, match="at step 6 "):
+        run(tmp_path / "parts", 7)
+    assert run(tmp_path / "parts", 1) == whole
+
+
 def test_where_the_batch_cannot_be_written_the_fault_is_told(line, tmp_path):
     (tmp_path / "nonfinite").write_text("a file")
     trainer = looplab.Trainer(net(), optimizer="sgd", loss="mse", log_dir=tmp_path)

@@ -236,6 +236,40 @@ def test_a_signal_while_a_later_epoch_is_traced_leaves_a_state_that_goes_on(tmp_
     assert run(tmp_path / "parts") == whole
 
 
+def test_random_numbers_of_a_validation_alone_go_on(tmp_path):
+    class Noisy(looplab.Trainer):
+        def test_step(self, batch):
+            x, y = batch
+            return super().test_step((x + keras.random.normal(tf.shape(x)), y))
+
+    def run(log_dir, epochs):
+        keras.utils.clear_session(free_memory=False)
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=log_dir, optimizer="adam", trainer=Noisy).trainer
+        history = trainer.fit(X, Y, epochs=epochs, validation_data=(X, Y), verbose=0, resume=True).history
+        assert trainer.evaluate(X, Y, verbose=0) == trainer.evaluate(X, Y, verbose=0)
+        return history
+
+    whole = run(tmp_path / "whole", 3)
+    run(tmp_path / "parts", 2)
+    assert run(tmp_path / "parts", 3) == whole
+
+
+def test_event_files_of_others_stay(tmp_path):
+    others = []
+    for folder in ("", "extra"):
+        with tf.summary.create_file_writer(str(tmp_path / folder)).as_default():
+            tf.summary.scalar("other", 1.0, step=0)
+        others += (tmp_path / folder).glob("events*")
+    contents = {path: path.read_bytes() for path in others}
+    trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+    trainer.fit(X, Y, verbose=0, resume=True)
+    trainer.log_hparams({"width": 8})
+    trainer.log_hparams({"width": 9})
+    assert {path: path.read_bytes() for path in others} == contents
+    assert len(list(tmp_path.glob("events*"))) == 2
+
+
 def test_hyperparameters_of_a_run_that_goes_on_are_shown_together(tmp_path):
     def program(epochs):
         trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
@@ -257,8 +291,9 @@ def test_what_a_later_argument_makes_fail_removes_nothing(tmp_path):
     before = contents(tmp_path)
     trainer = recipe((X, Y), log_dir=tmp_path, checkpoint=looplab.Checkpoint(monitor="nothing")).trainer
     with pytest.raises(ValueError, match="`monitor` must be in the logs of an epoch"):
-        trainer.fit(X, Y, verbose=0, resume=True)
+        trainer.fit(X, Y, initial_epoch=2, epochs=3, verbose=0, resume=True)
     assert contents(tmp_path) == before
+    assert trainer.epochs == 0
 
 
 @pytest.mark.parametrize(("exchanges", "ended_after"), [(True, 3), (False, 3), (False, 0)])
@@ -385,6 +420,12 @@ def test_the_best_and_the_newest_stay_and_can_be_restored(tmp_path):
         for one, other in zip(trainer.get_weights(), weights[epoch], strict=True):
             np.testing.assert_array_equal(one, other)
     flipped.write_bytes(content)
+    best = shutil.move(tmp_path / "checkpoints" / "step-2-epoch-2" / "arrays.safetensors", tmp_path)
+    with pytest.warns(UserWarning, match="Skipped: checkpoint .*step-2-epoch-2 is damaged"):
+        trainer.restore("best")
+    for one, other in zip(trainer.get_weights(), weights[3], strict=True):
+        np.testing.assert_array_equal(one, other)
+    shutil.move(best, tmp_path / "checkpoints" / "step-2-epoch-2")
     for which, epoch in {"best": 1, "newest": 4, tmp_path / "checkpoints" / "step-4-epoch-4": 3}.items():
         trainer.restore(which)
         for one, other in zip(trainer.get_weights(), weights[epoch], strict=True):
@@ -409,9 +450,9 @@ def test_what_a_run_was_made_with_is_told_where_it_is_otherwise(tmp_path):
     run(optimizer=keras.optimizers.Adam(0.01))
     with pytest.warns(UserWarning, match="of `optimizer` was") as told:
         history = run(optimizer=keras.optimizers.Adam(0.02, clipnorm=1.0))
-    assert [str(warning.message).partition(": ")[2] for warning in told] == [
-        "learning_rate of `optimizer` was 0.01, and now it is 0.02. It goes on with the saved one.",
-        "clipnorm of `optimizer` was None, and now it is 1. It goes on with the new one.",
+    assert [str(warning.message).partition(": ")[2].partition(". ")[0] for warning in told] == [
+        "learning_rate of `optimizer` was 0.01, and now it is 0.02",
+        "clipnorm of `optimizer` was None, and now it is 1",
     ]
     assert float(history.model.optimizer.learning_rate) == pytest.approx(0.01)
 

@@ -24,7 +24,7 @@ ALONE = {
 }
 ALLOWED = {
     **{name: set() for name in ALONE},
-    "checkpoint": {"checks", "plain_files"},
+    "checkpoint": {"checks", "plain_files", "state"},
     "checks": {"tracking", "warn"},
     "data": {"arrays", "randomness", "warn"},
     "guard": {"tracking"},
@@ -32,7 +32,7 @@ ALLOWED = {
     "plausible": {"guard", "pairs"},
     "summaries": {"projector", "warn"},
     "state": {"plain_files", "tracking", "warn"},
-    "resume": {"checkpoint", "plain_files", "state", "warn"},
+    "resume": {"checkpoint", "plain_files", "warn"},
     "steps": {"checks", "guard", "loop", "losses", "metrics", "plausible", "state", "tracking", "warn"},
     "log": {"checks", "lock", "projector", "steps", "summaries"},
     "tracing": {"data", "log", "loop", "randomness", "tracking", "warn"},
