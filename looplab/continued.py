@@ -71,7 +71,10 @@ def _comes_back(value: Any, kind: Any) -> bool:
         return all(_comes_back(str(field) if isinstance(field, PurePath) else field, None) for field in fields)
     if isinstance(value, np.generic):
         value = value.item()
-    again = _restored(as_json(value), kind)
+    try:
+        again = _restored(as_json(value), kind)
+    except (TypeError, ValueError):
+        return False
     return type(again) is type(value) and repr(again) == repr(value)
 
 
@@ -94,7 +97,7 @@ def _restored(value: Any, kind: Any) -> Any:
     """A value of `config.json` as one of this type, where JSON has no such type."""
     if not isinstance(kind, type):
         return value
-    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+    if value is not None and dataclasses.is_dataclass(kind):
         return kind(**value)
     if isinstance(value, list) and issubclass(kind, tuple):
         return kind._make(value) if hasattr(kind, "_make") else kind(value)

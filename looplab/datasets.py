@@ -180,7 +180,7 @@ def _read(path: Path) -> tuple[np.ndarray, ...]:
         raise DataError(f"`data_dir`: {path.parent} has no file {path.name}. Put it there, or leave out --data-dir.")
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             arrays = tuple(file[key] for key in keys)
     except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
         told = f"{type(error).__name__}: {error}"
