@@ -35,6 +35,7 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
         prog=prog or f"python -m {module_name(recipe)}",
         description=(inspect.getdoc(recipe) or "").partition("\n")[0],
         allow_abbrev=False,
+        conflict_handler="resolve",  # a recipe may have `seed` as an argument: `run` passes it on
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     groups = _add_recipe_flags(parser, recipe)

@@ -26,7 +26,8 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
     """
     config = read_config(folder / "config.json")
     name = f"{module_name(recipe)}:{recipe.__name__}"
-    if not config or type(config.get("not_json")) is not list or type(config.get("epochs")) is not int:
+    whole = type(config.get("epochs")), type(config.get("total_epochs", 0))
+    if not config or type(config.get("not_json")) is not list or whole != (int, int):
         raise UsageError(f"`resume` {folder} has no run: there is no config.json that can be read.")
     if config.get("recipe") != name:
         raise UsageError(f"`resume` {folder} has a run of {config.get('recipe')}; {name} cannot go on with it.")
@@ -67,8 +68,10 @@ def not_json(recipe: Callable[..., Recipe], arguments: dict[str, Any]) -> list[s
 
 def _comes_back(value: Any, kind: Any) -> bool:
     if dataclasses.is_dataclass(value) and type(value) is kind:
-        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
-        return all(_comes_back(str(field) if isinstance(field, PurePath) else field, None) for field in fields)
+        kinds = _annotated(kind)
+        return all(_comes_back(getattr(value, f.name), kinds.get(f.name)) for f in dataclasses.fields(value) if f.init)
+    if isinstance(value, PurePath) and kind is str:
+        return True  # it was meant as its text
     if isinstance(value, np.generic):
         value = value.item()
     try:
@@ -80,17 +83,22 @@ def _comes_back(value: Any, kind: Any) -> bool:
 
 def _kinds(recipe: Callable[..., Recipe]) -> dict[str, Any]:
     """The type of each argument: of its default, else as it is annotated."""
+    of_defaults = {name: type(value) for name, value in defaults(recipe).items() if value is not None}
+    return _annotated(recipe) | of_defaults | {"checkpoint": Checkpoint}
+
+
+def _annotated(thing: Any) -> dict[str, Any]:
+    """How each argument of a function, or field of a dataclass, is annotated; of `kind | None`, the kind."""
     try:
-        hints = typing.get_type_hints(recipe)
+        hints = typing.get_type_hints(thing)
     except Exception:  # of names that are there for a type checker alone
-        hints = {}
+        return {}
     kinds: dict[str, Any] = {}
     for name, hint in hints.items():
         inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         kind = inner[0] if type(None) in typing.get_args(hint) and len(inner) == 1 else hint
         kinds[name] = typing.get_origin(kind) or kind
-    kinds |= {name: type(value) for name, value in defaults(recipe).items() if value is not None}
-    return kinds | {"checkpoint": Checkpoint}
+    return kinds
 
 
 def _restored(value: Any, kind: Any) -> Any:
@@ -98,7 +106,8 @@ def _restored(value: Any, kind: Any) -> Any:
     if not isinstance(kind, type):
         return value
     if value is not None and dataclasses.is_dataclass(kind):
-        return kind(**value)
+        kinds, made = _annotated(kind), {field.name for field in dataclasses.fields(kind) if not field.init}
+        return kind(**{name: _restored(v, kinds.get(name)) for name, v in dict(value).items() if name not in made})
     if isinstance(value, list) and issubclass(kind, tuple):
         return kind._make(value) if hasattr(kind, "_make") else kind(value)
     return kind(value) if isinstance(value, str) and issubclass(kind, PurePath) else value
@@ -118,7 +127,7 @@ def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:
         for key in now:
             if key != "data_dir":
                 _check_as_before(key, now[key], before.get(key), folder)
-    elif now != before:
+    elif now != before and repr(now) != repr(before):  # NaN is itself
         raise UsageError(
             f"`{name}` is {now}, and the run in {folder} has {before}. Leave it out to go on; to start afresh from its "
             f"weights, give `weights` and another `log_dir`."
@@ -139,4 +148,4 @@ def is_finished(ready: Recipe, folder: RunFolder) -> bool:
             f"`resume`: the run in {folder.path} learned from data of SHA-256 {source}, and now it has "
             f"{ready.data.sha256} ({ready.data.source}). Pass the data that it had."
         )
-    return ready.epochs <= before["epochs"] and folder.is_finished
+    return ready.epochs <= before.get("total_epochs", before["epochs"]) and folder.is_finished

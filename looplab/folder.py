@@ -24,7 +24,9 @@ from looplab import report
 from looplab.callbacks import write_png
 from looplab.datasets import Arrays
 
-NOT_ARGUMENTS = ("recipe", "optimizers", "log_dir", "data_source", "environment", "not_json")  # in `config.json`
+NOT_ARGUMENTS = (  # in `config.json`
+    *("recipe", "optimizers", "log_dir", "data_source", "environment", "not_json", "total_epochs"),
+)
 _LAST = "timings.json"  # that a run writes
 RUN_FILES = ("config.json", "history.json", _LAST, "model.weights.h5", "report.txt", "report.json")
 
@@ -138,6 +140,8 @@ def _plain(value: Any) -> Any:
         return dataclasses.asdict(value)
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))  # in an order that is the same in another process
     if hasattr(value, "__qualname__"):  # a class or a function, in words that are the same in another process
         return f"{value.__module__}:{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))

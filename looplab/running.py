@@ -23,6 +23,9 @@ from looplab.folder import NOT_ARGUMENTS, RUN_FILES, RunFolder, read_config
 from looplab.recipe import Recipe, UsageError, defaults, module_name
 from looplab.state import config_of
 
+# What `run` takes for itself, or writes to config.json; `seed` and `log_dir` a recipe gets from it.
+_TAKEN = {"resume", "weights", "precision", "plot", "verbose", *NOT_ARGUMENTS} - {"log_dir"}
+
 
 def run(
     recipe: Callable[..., Recipe],
@@ -44,7 +47,8 @@ def run(
         log_dir: Where to leave event files, checkpoints, `config.json`, `history.json`, `timings.json`,
             `model.weights.h5`, a report and pictures; by default `logs/<recipe>/<time>`.
         resume: The `log_dir` of a run to go on with, to the same bits as if it had never ended. Its arguments are those
-            of its `config.json`: none needs to be given, and `epochs` may be more. A finished run is left as it is.
+            of its `config.json`: none needs to be given but objects that JSON cannot hold, and `epochs` may be more. A
+            finished run is left as it is.
         weights: A `.weights.h5` file to start from.
         precision: Keras's policy for all layers: "float32", the default, "mixed_bfloat16", or "mixed_float16", which
             scales losses.
@@ -75,9 +79,11 @@ def run(
         checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
         own = defaults(recipe)
         config = {**own, **arguments, "seed": seed, "precision": precision, "weights": weights and str(weights)}
-        config |= {"epochs": ready.epochs, "batch_size": ready.batch_size}  # where a recipe chose them
+        for name in ("epochs", "batch_size"):  # where a recipe chose them
+            config[name] = getattr(ready, name) if config.get(name) is None else config[name]
         optimizers = {path: config_of(optimizer) for path, optimizer in ready.trainer.optimizers.items()}
         told = {"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config, "optimizers": optimizers}
+        told["total_epochs"] = ready.epochs
         told["not_json"] = not_json(recipe, {n: value for n, value in config.items() if value is not own.get(n, ...)})
 
         def begin() -> None:
@@ -157,8 +163,8 @@ def summarize(recipe: Callable[..., Recipe], *, precision: str = "float32", **op
 def make(recipe: Callable[..., Recipe], seed: int, **options: Any) -> Recipe:
     """What the recipe function returns."""
     keras.utils.set_random_seed(seed)
-    if taken := set(inspect.signature(recipe).parameters) & set(NOT_ARGUMENTS) - {"log_dir"}:
-        raise UsageError(f"recipe `{recipe.__name__}`: call `{taken.pop()}` otherwise, config.json has it for itself.")
+    if taken := set(inspect.signature(recipe).parameters) & _TAKEN:
+        raise UsageError(f"recipe `{recipe.__name__}`: call its argument `{taken.pop()}` otherwise, looplab has it.")
     try:
         inspect.signature(recipe).bind(seed=seed, **options)
     except TypeError as error:

@@ -223,13 +223,15 @@ class _Writer:
 
 def _read_hparams(file: Path) -> dict[str, Any] | None:
     """The hyperparameters in an event file; None where it has none, or anything else."""
-    values = [value for event in EventFileLoader(str(file)).Load() for value in event.summary.value]
-    if not values or any(value.metadata.plugin_data.plugin_name != PLUGIN_NAME for value in values):
-        return None
-    shown: dict[str, Any] = {}
-    for value in values:
-        data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
-        shown |= {name: getattr(v, v.WhichOneof("kind")) for name, v in data.session_start_info.hparams.items()}
+    shown: dict[str, Any] | None = None
+    for event in EventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            plugin = value.metadata.plugin_data
+            data = HParamsPluginData.FromString(plugin.content) if plugin.plugin_name == PLUGIN_NAME else None
+            if data is None or data.WhichOneof("data") != "session_start_info":
+                return None
+            hparams = data.session_start_info.hparams
+            shown = (shown or {}) | {name: getattr(v, v.WhichOneof("kind")) for name, v in hparams.items()}
     return shown
 
 

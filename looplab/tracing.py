@@ -14,7 +14,7 @@ from looplab import data
 from looplab.log import Logs
 from looplab.loop import Loop
 from looplab.randomness import random_operations
-from looplab.tracking import of_each_replica
+from looplab.tracking import is_trainable, of_each_replica
 from looplab.warn import warn
 
 
@@ -109,7 +109,9 @@ class Traces(Logs):
         optimized = [variable for optimizer in self.optimizers.values() for variable in optimizer.variables]
         held = (*self._held_state(), *optimized, *self._guard.variables, *self._batch_metrics.variables)
         known = {id(_value(variable)) for variable in held}
-        self._stray_variables.value[kind] = [v for v in loop.variables if not v.trainable and id(v) not in known]
+        self._stray_variables.value[kind] = [
+            variable for variable in loop.variables if not is_trainable(variable) and id(variable) not in known
+        ]
         if kind == "train" and self.log_dir is not None and loop.graph is not None:
             found = random_operations(loop.graph)
             if found:

@@ -28,7 +28,13 @@ class Held(NamedTuple):
     thing: Any
     """A Keras layer, optimizer, metric, variable or seed generator, or a `tf.Variable`."""
     trainable: bool
-    """For a variable: whether it is, and no layer that holds it is frozen."""
+    """For a variable: whether gradients may change it, and no layer that holds it is frozen."""
+
+
+def is_trainable(variable: Any) -> bool:
+    """Whether gradients may change it: those of whole numbers, as counters are, they cannot."""
+    dtype = tf.as_dtype(variable.dtype)
+    return bool(variable.trainable) and (dtype.is_floating or dtype.is_complex)
 
 
 def walk(attributes: dict[str, Any]) -> Iterator[Held]:
@@ -45,7 +51,7 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
             return
         seen.add(id(value))
         if isinstance(value, _LEAVES):
-            yield Held(path, value, getattr(value, "trainable", False))
+            yield Held(path, value, isinstance(value, _VARIABLES) and is_trainable(value))
             if isinstance(value, keras.Layer):
                 for index, layer in enumerate(value._flatten_layers()):
                     yield from unseen_by_keras(f"{path}/{index}", layer, layer)
@@ -62,7 +68,7 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
             if is_container:
                 yield from unseen_by_keras(f"{path}/{name}", layer, inner)
             else:
-                yield Held(f"{path}/{name}", inner, inner.trainable and layer.trainable)
+                yield Held(f"{path}/{name}", inner, is_trainable(inner) and layer.trainable)
 
     for name, value in attributes.items():
         yield from visit(name, value)

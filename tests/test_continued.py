@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -49,6 +50,12 @@ class Sizes:
     depth: int = 1
 
 
+@dataclasses.dataclass
+class Place:
+    path: Path | None = None
+    seen: int = dataclasses.field(default=0, init=False)
+
+
 class EndedError(Exception):
     """What ends a run in the midst of it."""
 
@@ -82,6 +89,9 @@ def line(
     by_class={0: 1.0, 1: 2.0},  # noqa: B006
     folder: Path = Path("."),
     source: Path | None = None,
+    place: Place | None = None,
+    kinds=frozenset({"cat", "dog", "cow", "hen"}),
+    share: float = float("nan"),
     pair: tuple[int, int] | None = None,
     more: Sizes | None = None,
     notes=None,
@@ -90,8 +100,9 @@ def line(
     """Learns a line, and holds that its arguments have the types that they were given with."""
     assert [type(scales), type(by_class[0]), type(sizes)] == [tuple, float, Sizes]
     assert isinstance(folder / "file", Path)
-    for value, kind in ((source, Path), (pair, tuple), (more, Sizes)):
+    for value, kind in ((source, Path), (place and place.path, Path), (pair, tuple), (more, Sizes)):
         assert value is None or isinstance(value, kind)
+    assert type(kinds) is frozenset
     inner = [keras.layers.Dense(sizes.width, activation, name=f"layer_{index}") for index in range(sizes.depth)]
     model = keras.Sequential([*inner, keras.layers.Dense(width, name="hidden"), keras.layers.Dense(1, name="line")])
     trainer = looplab.Trainer(model, optimizer="adam", loss="mse", **trainer_options)
@@ -180,12 +191,41 @@ def test_a_run_that_saved_nothing_begins_again_from_its_weights(tmp_path):
 def test_arguments_come_back_with_the_types_that_they_had(tmp_path):
     given = {"sizes": Sizes(5, 2), "scales": (3.0,), "folder": tmp_path, "epochs": np.int64(1)}
     given |= {"source": tmp_path / "data", "pair": (1, 2), "more": Sizes(depth=9)}
+    given |= {"place": Place(tmp_path / "place"), "share": float("nan")}
     looplab.run(line, log_dir=tmp_path / "run", verbose=0, **given)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["sizes"] == {"width": 5, "depth": 2}
     assert config["epochs"] == 1
     saved = looplab.run(line, resume=tmp_path / "run", epochs=2, verbose=0)
     assert [layer.name for layer in saved.trainer.model.layers] == ["layer_0", "layer_1", "hidden", "line"]
+
+
+def test_a_set_is_the_same_in_another_process(tmp_path):
+    program = "import sys, looplab, test_continued; looplab.run(test_continued.line, **eval(sys.argv[1]), verbose=0)"
+    for seed, arguments in (("1", {"log_dir": "run"}), ("2", {"resume": "run", "epochs": 2})):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
+        command = [sys.executable, "-c", program, repr(arguments)]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())["loss"]) == 2
+
+
+def test_epochs_that_a_recipe_computes_do_not_grow(tmp_path, capsys):
+    def warmed(epochs=1, **options):
+        return line(epochs=epochs + 1, **options)
+
+    looplab.run(warmed, log_dir=tmp_path / "run", verbose=0)
+    assert looplab.run(warmed, resume=tmp_path / "run", verbose=0).epochs == 2
+    assert "the 2 epochs of" in capsys.readouterr().out
+    assert looplab.run(warmed, resume=tmp_path / "run", epochs=2, verbose=0).trainer.epochs == 3
+
+
+def test_a_recipe_may_take_the_seed_itself(tmp_path):
+    def seeded(seed: int = 0, epochs: int = 1, **options):
+        assert seed == 3
+        return line(seed=seed, epochs=epochs, **options)
+
+    looplab.main(seeded, ["--seed", "3", "--log-dir", str(tmp_path / "run"), "--verbose", "0"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
 
 
 def test_what_config_json_cannot_hold_is_asked_for(tmp_path):
@@ -234,7 +274,7 @@ def test_an_argument_must_not_have_a_name_that_config_json_has_for_itself(tmp_pa
     def named(environment="none", **options):
         return line(**options)
 
-    with pytest.raises(UsageError, match="recipe `named`: call `environment` otherwise"):
+    with pytest.raises(UsageError, match="recipe `named`: call its argument `environment` otherwise"):
         looplab.run(named, log_dir=tmp_path / "run", verbose=0)
 
 

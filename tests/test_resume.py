@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras import layers
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.hparams.api import HParam, IntInterval, hparams_config
 
 import looplab
 from looplab.testing import assert_resume_exact, read_scalars
@@ -255,19 +256,49 @@ def test_random_numbers_of_a_validation_alone_go_on(tmp_path):
     assert run(tmp_path / "parts", 3) == whole
 
 
+def test_counters_of_whole_numbers_go_on(tmp_path):
+    """TensorFlow makes them trainable where nobody says otherwise."""
+
+    class Counting(looplab.Trainer):
+        def train_step(self, batch):
+            self.count.assign_add(1)
+            hidden.assign_add(2)
+            x, y = batch
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            self.minimize(tape, loss)
+            return {"loss": loss, "count": self.count, "hidden": counters[0]}
+
+    counters = []
+    hidden = type("Hidden", (), {"assign_add": lambda self, value: counters[0].assign_add(value)})()
+
+    def run(epochs):
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam", trainer=Counting).trainer
+        trainer.count, counters[:] = tf.Variable(0), [tf.Variable(0)]
+        return trainer.fit(X, Y, batch_size=25, epochs=epochs, verbose=0, resume=True).history
+
+    run(2)
+    history = run(4)
+    assert (history["count"], history["hidden"]) == ([1, 2, 3, 4], [2, 4, 6, 8])
+
+
 def test_event_files_of_others_stay(tmp_path):
     others = []
     for folder in ("", "extra"):
         with tf.summary.create_file_writer(str(tmp_path / folder)).as_default():
             tf.summary.scalar("other", 1.0, step=0)
         others += (tmp_path / folder).glob("events*")
+    with tf.summary.create_file_writer(str(tmp_path), filename_suffix=".experiment").as_default():
+        hparams_config(hparams=[HParam("width", IntInterval(1, 9))], metrics=[])
+    others += tmp_path.glob("*.experiment")
     contents = {path: path.read_bytes() for path in others}
     trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
     trainer.fit(X, Y, verbose=0, resume=True)
     trainer.log_hparams({"width": 8})
     trainer.log_hparams({"width": 9})
     assert {path: path.read_bytes() for path in others} == contents
-    assert len(list(tmp_path.glob("events*"))) == 2
+    assert len(list(tmp_path.glob("events*"))) == 3
 
 
 def test_hyperparameters_of_a_run_that_goes_on_are_shown_together(tmp_path):
