@@ -216,7 +216,9 @@ class Loop:
             pictures = pictures.write(done, self._encoded(logs.images, number))
             done += 1
             faulty = tf.where(logs.fault > 0, faulty + 1, 0)
-            goes_on = (done < steps) & (logs.fault >= 0) & (faulty <= most_faulty) & ~tf.convert_to_tensor(self._stop)
+            with tf.control_dependencies([logs.fault]):  # else it could be read before the step is done
+                stops = tf.convert_to_tensor(self._stop)
+            goes_on = (done < steps) & (logs.fault >= 0) & (faulty <= most_faulty) & ~stops
             if goes_on:  # else the next call would miss a batch, and whoever asks for a faulty one
                 batch = iterator.get_next_as_optional()
         return rows.stack()[:done], pictures.stack()[:done], batch

@@ -83,6 +83,10 @@ def slow(log_dir, seconds=STEP):
     return trainer, {"x": x, "y": y, "batch_size": 4, "epochs": 2, "validation_data": (x[:11], y[:11])}
 
 
+def slower(log_dir):
+    return slow(log_dir, seconds=1.0)
+
+
 def very_slow(log_dir):
     return slow(log_dir, seconds=6.0)
 
@@ -140,6 +144,16 @@ def check_interrupted(log_dir, stderr, number, sent, traced):
     ]
     assert len(re.findall("again to end at once", stderr)) == 1
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_the_step_that_a_signal_comes_in_is_the_last(number, tmp_path):
+    child = Child(slower, tmp_path / "run")
+    child.wait_for("step")
+    time.sleep(0.3)
+    child.send(number)
+    assert child.wait() == 128 + number, child.stderr()
+    assert len(steps_file(tmp_path / "run").read_text().split()) == steps_seen(tmp_path / "run") == 1
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
