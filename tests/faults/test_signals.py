@@ -68,7 +68,7 @@ def steps_file(log_dir: Path) -> Path:
     return log_dir.with_name(f"{log_dir.name}.child-steps")
 
 
-def slow(log_dir, seconds=STEP):
+def slow(log_dir, seconds=STEP, **options):
     """Two epochs of 6 steps, with a validation of 3 after each."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
@@ -77,14 +77,13 @@ def slow(log_dir, seconds=STEP):
     inputs = layers.Input((4,))
     outputs = layers.Dense(1)(layers.Dropout(0.2, seed=1)(Slow(seconds, log_dir)(inputs)))
     checkpoint = looplab.Checkpoint(every=3)
-    trainer = looplab.Trainer(
-        keras.Model(inputs, outputs), optimizer="adam", loss="mse", log_dir=log_dir, seed=1, checkpoint=checkpoint
-    )
+    options |= {"log_dir": log_dir, "seed": 1, "checkpoint": checkpoint}
+    trainer = looplab.Trainer(keras.Model(inputs, outputs), optimizer="adam", loss="mse", **options)
     return trainer, {"x": x, "y": y, "batch_size": 4, "epochs": 2, "validation_data": (x[:11], y[:11])}
 
 
 def slower(log_dir):
-    return slow(log_dir, seconds=1.0)
+    return slow(log_dir, seconds=1.0, steps_per_execution=3)
 
 
 def very_slow(log_dir):
