@@ -47,11 +47,12 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
     for name in ("epochs", "batch_size"):  # which `run` wrote, where the recipe chose them by itself
         if name not in known:
             before.pop(name, None)
+    kinds = _kinds(recipe)
     for name, value in before.items():
         if name in unheld:
             before[name] = own[name]
             continue
-        kind = _kinds(recipe).get(name)
+        kind = kinds.get(name)
         chosen = given.pop(name) if dataclasses.is_dataclass(kind) and isinstance(given.get(name), dict) else {}
         try:
             before[name] = _restored(value | chosen if chosen else value, kind)
@@ -106,8 +107,8 @@ def _restored(value: Any, kind: Any) -> Any:
     if not isinstance(kind, type):
         return value
     if value is not None and dataclasses.is_dataclass(kind):
-        kinds, made = _annotated(kind), {field.name for field in dataclasses.fields(kind) if not field.init}
-        return kind(**{name: _restored(v, kinds.get(name)) for name, v in dict(value).items() if name not in made})
+        kinds, derived = _annotated(kind), {field.name for field in dataclasses.fields(kind) if not field.init}
+        return kind(**{name: _restored(v, kinds.get(name)) for name, v in dict(value).items() if name not in derived})
     if isinstance(value, list) and issubclass(kind, tuple):
         return kind._make(value) if hasattr(kind, "_make") else kind(value)
     return kind(value) if isinstance(value, str) and issubclass(kind, PurePath) else value
