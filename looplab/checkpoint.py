@@ -17,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from looplab import checks
-from looplab.plain_files import CheckpointError, NewerFormatError, Saved, delete, flatten, read_tree, sync, write
+from looplab.plain_files import CheckpointError, NewerFormatError, Saved, delete, read_tree, sync, write
 from looplab.state import check_structure
+from looplab.tree import flatten
 
 _NAME = re.compile(r"step-(\d{1,18})-epoch-(\d{1,18})")
 _UNFINISHED = ".unfinished-"

@@ -20,7 +20,6 @@ from looplab.tracking import path_of, to_numpy
 from looplab.warn import warn
 
 _WORDS = "begin the model with `keras.layers.StringLookup` or `TextVectorization`"
-_CHECKPOINTS = "checkpoints/step-*"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -55,28 +54,6 @@ def steps_per_execution(value: Any) -> None:
             raise ValueError(f'`steps_per_execution` must be "auto" or at least 1; {value!r} came.') from error
 
 
-def no_other_run(log_dir: Path, go_on: bool = False) -> None:
-    """The log folder holds no run of another trainer; or, to go on, nothing but one."""
-    if log_dir.exists() and not log_dir.is_dir():
-        raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file. Pass another folder.")
-    own = any(any(log_dir.glob(f"{folder}/events.out.*")) for folder in ("train", "validation"))
-    if go_on and own and not may_go_on(log_dir):
-        raise ValueError(
-            f"`resume`: `log_dir` {log_dir} holds event files that looplab did not write, and no run to go on with. "
-            f"Pass a new folder, or remove this one."
-        )
-    if _holds_run(log_dir) and not go_on:
-        raise ValueError(
-            f"`log_dir` {log_dir} holds the run of another trainer. Go on with it by `fit(..., resume=True)`, or by "
-            f"--resume on a recipe's command line; else pass a new folder, or remove this one."
-        )
-
-
-def may_go_on(log_dir: Path) -> bool:
-    """Whether the folder holds a run that was made to go on."""
-    return ((log_dir / ".lock").exists() or any(log_dir.glob(_CHECKPOINTS))) and _holds_run(log_dir)
-
-
 def resume(value: Any, log_dir: Path | None) -> None:
     """It is a bool, and there is a folder to go on in."""
     if not isinstance(value, bool):
@@ -101,10 +78,6 @@ def unseeded(what: str, resumes: bool) -> None:
     if resumes:
         raise ValueError(text)
     warn(text)
-
-
-def _holds_run(log_dir: Path) -> bool:
-    return any(any(log_dir.glob(names)) for names in ("events.out.*", "*/events.out.*", _CHECKPOINTS))
 
 
 def callbacks(given: Any) -> list[keras.callbacks.Callback]:

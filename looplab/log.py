@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from looplab import checks, projector
-from looplab.lock import locked
+from looplab.lock import locked, may_go_on, no_other_run
 from looplab.steps import Steps
 from looplab.summaries import RunWriter
 
@@ -106,7 +106,7 @@ class Logs(Steps):
             ValueError: It holds the run of another trainer, which cannot go on.
         """
         undecided = not (self._events.begun or self._is_ours)
-        if self.log_dir is not None and undecided and checks.may_go_on(self.log_dir):
+        if self.log_dir is not None and undecided and may_go_on(self.log_dir):
             if not self._early:  # at the end of the program, if `fit` never says
                 weakref.finalize(self, _warn_of_unwritten, self._early, self.log_dir)
             self._early.append((write, replaces))
@@ -143,7 +143,7 @@ class Logs(Steps):
             yield
             return
         if not (self._events.begun or self._is_ours):
-            checks.no_other_run(self.log_dir, go_on)
+            no_other_run(self.log_dir, go_on)
         with locked(self.log_dir):
             self._owners += 1
             try:

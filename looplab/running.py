@@ -20,6 +20,7 @@ from looplab.checkpoint import Checkpoint
 from looplab.continued import as_before, has_checkpoint, is_finished, not_json
 from looplab.datasets import Data, Unread, read_picture
 from looplab.folder import NOT_ARGUMENTS, RUN_FILES, RunFolder, read_config
+from looplab.lock import no_other_run
 from looplab.recipe import Recipe, UsageError, defaults, module_name
 from looplab.state import config_of
 
@@ -224,7 +225,7 @@ def _check_files(folder: Path, weights: str | Path | None, plot: str | Path | No
     """The log folder is free, or there is its run; the weights are there, and the curves can be drawn."""
     if is_new:
         try:
-            checks.no_other_run(folder)
+            no_other_run(folder)
         except ValueError as error:
             raise UsageError(str(error)) from error
         if left := [name for name in RUN_FILES if (folder / name).exists()]:

@@ -14,8 +14,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.plain_files import CheckpointError, damaged, flatten, plain
+from looplab.plain_files import CheckpointError, damaged
 from looplab.tracking import path_of, to_numpy
+from looplab.tree import flatten, plain
 from looplab.warn import warn
 
 _KERAS_OWN = ("params", "_model")  # a list of callbacks sets them

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from looplab import checks
 from looplab.checkpoint import Checkpoint, Checkpoints
-from looplab.plain_files import flatten
 from looplab.recipe import Recipe
+from looplab.tree import flatten
 
 _EACH_STEP = Checkpoint(every=1, keep=10**9)
 

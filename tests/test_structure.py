@@ -24,14 +24,14 @@ ALONE = {
 }
 ALLOWED = {
     **{name: set() for name in ALONE},
-    "checkpoint": {"checks", "plain_files", "state"},
+    "checkpoint": {"checks", "plain_files", "state", "tree"},
     "checks": {"tracking", "warn"},
     "data": {"arrays", "randomness", "warn"},
     "guard": {"tracking"},
-    "plain_files": {"safetensors"},
+    "plain_files": {"safetensors", "tree"},
     "plausible": {"guard", "pairs"},
     "summaries": {"projector", "warn"},
-    "state": {"plain_files", "tracking", "warn"},
+    "state": {"plain_files", "tracking", "tree", "warn"},
     "resume": {"checkpoint", "plain_files", "warn"},
     "steps": {"checks", "guard", "loop", "losses", "metrics", "plausible", "state", "tracking", "warn"},
     "log": {"checks", "lock", "projector", "steps", "summaries"},
@@ -49,9 +49,12 @@ ALLOWED = {
     "folder": {"callbacks", "report", "datasets"},
     "recipe": {"trainer", "datasets", "checks"},
     "continued": {"checkpoint", "datasets", "folder", "recipe"},
-    "running": {"callbacks", "checkpoint", "checks", "continued", "datasets", "folder", "recipe", "report", "state"},
+    "running": {
+        *{"callbacks", "checkpoint", "checks", "continued", "datasets", "folder", "lock", "recipe", "report", "state"}
+    },
     "command": {"checkpoint", "datasets", "lock", "plain_files", "recipe", "running"},
-    "testing": {"checks", "checkpoint", "plain_files", "recipe"},
+    "testing": {"checks", "checkpoint", "recipe", "tree"},
+    "tree": {"safetensors"},
     "__main__": {"command"},
     "_quiet": set(),
 }
