@@ -98,4 +98,6 @@ class Interrupts:
                     os._exit(128 + number[0])
                 received = self._received = signal.Signals(number[0])
                 self._stop.assign(True)
-                print(f"\nlooplab: {received.name}: ending after this step; again to end at once.", file=sys.stderr)
+                # In one piece with its line ends: the main thread may be telling, in this moment, how to go on.
+                line = f"\nlooplab: {received.name}: ending after this step; again to end at once.\n"
+                print(line, end="", file=sys.stderr)
