@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import tensorflow as tf
@@ -77,17 +78,28 @@ class Interrupts:
             raise
         finally:
             self._at_once = False
+            if sys.gettrace() == self._interrupt:
+                sys.settrace(None)
 
     def check(self) -> None:
         """Raises `Interrupted` if a signal came."""
         if self._received is not None:
             raise Interrupted(self._received)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or signal.Signals(number)
-        if self._at_once:
+        if self._at_once and frame is not None:
             self._at_once = False
-            raise Interrupted(self._received)
+            self._interrupt(frame)
+
+    def _interrupt(self, frame: FrameType, event: str = "", arg: Any = None) -> Any:
+        """Raises `Interrupted`; where that would be lost, as a trace function as soon as it would not."""
+        heeding = _heeding(frame)
+        if heeding is frame:
+            self.check()
+        heeding.f_trace = self._interrupt
+        sys.settrace(self._interrupt)
+        return self._interrupt
 
     def _watch(self) -> None:
         count = 0
@@ -101,3 +113,20 @@ class Interrupts:
                 # In one piece with its line ends: the main thread may be telling, in this moment, how to go on.
                 line = f"\nlooplab: {received.name}: ending after this step; again to end at once.\n"
                 print(line, end="", file=sys.stderr)
+
+
+def _heeding(frame: FrameType) -> FrameType:
+    """The innermost frame from this one on in which an exception is not lost.
+
+    Python prints what a finalizer raises, and goes on. So does TensorFlow's C++, where it asks for a class or a module,
+    which runs the standard library's code.
+    """
+    heeding = frame
+    inner: FrameType | None = frame
+    while inner is not None:
+        if (inner.f_code.co_name == "__del__" or inner.f_globals.get("__name__") == "weakref") and inner.f_back:
+            heeding = inner.f_back
+        inner = inner.f_back
+    while heeding.f_globals.get("__name__", "").partition(".")[0] in sys.stdlib_module_names and heeding.f_back:
+        heeding = heeding.f_back
+    return heeding

@@ -3,6 +3,7 @@
 Each once by default, 50 times each with LOOPLAB_FAULTS=200.
 """
 
+import os
 import random
 import re
 import signal
@@ -64,6 +65,31 @@ class Slow(layers.Layer):
         time.sleep(self._seconds)
 
 
+class Dropped:
+    """A signal comes while it is finalized, where Python prints what is raised, and goes on."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):  # at the end of a round, Python looks for signals
+            pass
+
+
+class Drops(layers.Layer):
+    """While it is traced, it lets something go that a signal comes in, and notes that it went on."""
+
+    def __init__(self, log_dir):
+        super().__init__()
+        self._log_dir = log_dir
+
+    def call(self, inputs):
+        Dropped()
+        mark(self._log_dir, "after")
+        return inputs
+
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
+
+
 def steps_file(log_dir: Path) -> Path:
     return log_dir.with_name(f"{log_dir.name}.child-steps")
 
@@ -88,6 +114,12 @@ def slower(log_dir):
 
 def very_slow(log_dir):
     return slow(log_dir, seconds=6.0)
+
+
+def dropping(log_dir):
+    model = keras.Sequential([layers.Input((4,)), Drops(log_dir), layers.Dense(1)])
+    trainer = looplab.Trainer(model, optimizer="adam", loss="mse", log_dir=log_dir)
+    return trainer, {"x": np.ones((8, 4), "float32"), "y": np.ones((8, 1), "float32")}
 
 
 def save_slowly(trainer, arguments):
@@ -153,6 +185,14 @@ def test_the_step_that_a_signal_comes_in_is_the_last(number, tmp_path):
     child.send(number)
     assert child.wait() == 128 + number, child.stderr()
     assert len(steps_file(tmp_path / "run").read_text().split()) == steps_seen(tmp_path / "run") == 1
+
+
+def test_a_signal_in_a_finalizer_ends_the_trace_after_it(tmp_path):
+    child = Child(dropping, tmp_path / "run")
+    assert child.wait() == 128 + signal.SIGTERM, child.stderr()
+    assert "0 steps are saved" in child.stderr()
+    assert "Traceback" not in child.stderr()
+    assert not (tmp_path / "run.child-after").exists()
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
