@@ -18,26 +18,43 @@ def is_arrays(x: Any) -> bool:
 def to_arrays(name: str, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
     """(x, y, sample_weight) as arrays, without what is None: floating numbers as Keras's `floatx`, lists as tuples."""
     parts = {name: x, "y": y, "sample_weight": sample_weight}
-    arrays = {part: _to_arrays(part, value) for part, value in parts.items() if value is not None or part == name}
-    lengths = {part: {leaf.shape[0] for leaf in tf.nest.flatten(value)} for part, value in arrays.items()}
+    arrays = {part: _to_arrays(part, value) for part, value in parts.items()}
+    if x is None:
+        raise ValueError(f"`{name}` must be the data to run on; None came.")
+    lengths = {part: {leaf.shape[0] for leaf in leaves(value)} for part, value in arrays.items() if value is not None}
     if len(set.union(*lengths.values())) > 1:
         told = ", ".join(f"`{part}` has {' and '.join(map(str, sorted(n)))}" for part, n in lengths.items())
         raise ValueError(f"All parts of the data must have the same number of examples; {told}.")
     if lengths[name] <= {0}:
         raise ValueError(f"`{name}` is empty: it has 0 examples. Pass at least one.")
-    return keras.utils.pack_x_y_sample_weight(arrays[name], arrays.get("y"), arrays.get("sample_weight"))
+    return keras.utils.pack_x_y_sample_weight(*arrays.values())
+
+
+def unpack(batch: Any) -> tuple[Any, Any, Any]:
+    """(x, y, sample_weight) of a batch, None where it has none; a batch of another structure is x as a whole."""
+    if isinstance(batch, (list, tuple)) and not 1 <= len(batch) <= 3:
+        return batch, None, None
+    return keras.utils.unpack_x_y_sample_weight(batch)
+
+
+def leaves(arrays: Any) -> list[Any]:
+    """The arrays in a structure, without those that are None."""
+    return [leaf for leaf in tf.nest.flatten(arrays) if leaf is not None]
 
 
 def split(arrays: Any, fraction: float) -> tuple[Any, Any]:
     """(all but the last `fraction` of the examples, the last `fraction`), before any shuffling, as Keras does it."""
-    n = tf.nest.flatten(arrays)[0].shape[0]
+    n = leaves(arrays)[0].shape[0]
     cut = math.floor(n * (1 - fraction))
     if not 0 < cut < n:
         raise ValueError(
             f"`validation_split={fraction}` of {n} examples leaves {cut} to train on and {n - cut} to validate on. "
             f"Both must be at least 1."
         )
-    return tuple(tf.nest.map_structure(lambda a, part=part: a[part], arrays) for part in (slice(cut), slice(cut, n)))
+    return tuple(
+        tf.nest.map_structure(lambda a, part=part: a if a is None else a[part], arrays)
+        for part in (slice(cut), slice(cut, n))
+    )
 
 
 def held_out(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, Any, Any, Any]:
@@ -53,6 +70,8 @@ def held_out(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, 
 
 
 def _to_arrays(part: str, value: Any) -> Any:
+    if value is None:  # an output without a target or a weight
+        return None
     if isinstance(value, dict):
         return {key: _to_arrays(f"{part}[{key!r}]", inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)) and any(len(getattr(inner, "shape", ())) > 0 for inner in value):
@@ -60,17 +79,21 @@ def _to_arrays(part: str, value: Any) -> Any:
     if not hasattr(value, "__array__") and not isinstance(value, (list, tuple, tf.RaggedTensor)):
         raise TypeError(
             f"`{part}` must be an array, a dict or tuple of arrays, a `tf.data.Dataset`, or a function of the epoch "
-            f"that returns one; {type(value).__name__} came. Wrap any other iterable as "
-            f"`tf.data.Dataset.from_generator(lambda: iterable, output_signature=...)`."
+            f"that returns one; {type(value).__name__} came. Make a data set of an iterable with a function that "
+            f"starts it anew: `tf.data.Dataset.from_generator(make_batches, output_signature=...)`."
         )
     try:
         array = value if isinstance(value, (tf.Tensor, tf.RaggedTensor)) else np.asarray(value)
     except ValueError as error:
         raise TypeError(f"`{part}` must be an array; a list with rows of several shapes came.") from error
-    if array.dtype == object:
-        raise TypeError(f"`{part}` must hold numbers; an array of objects came. Give all its rows one shape and type.")
     if len(array.shape) == 0:
         raise ValueError(f"`{part}` must have its examples along its first dimension; a single number came.")
+    if isinstance(array, np.ndarray) and array.dtype == object:
+        if not all(isinstance(one, (str, bytes)) for one in array.flat):
+            raise TypeError(
+                f"`{part}` must hold numbers or strings; an array of objects came. Give all rows one shape and type."
+            )
+        return tf.convert_to_tensor(array, tf.string)
     if tf.as_dtype(array.dtype).is_floating and array.dtype != keras.config.floatx():
         array = tf.cast(array, keras.config.floatx()) if tf.is_tensor(array) else array.astype(keras.config.floatx())
     return array

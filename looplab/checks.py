@@ -8,7 +8,8 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,7 +17,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.tracking import path_of, to_numpy
+from looplab.metrics import Named
+from looplab.tracking import path_of, to_numpy, trained_by
 from looplab.warn import warn
 
 _WORDS = "begin the model with `keras.layers.StringLookup` or `TextVectorization`"
@@ -109,17 +111,35 @@ def appending(given: Sequence[keras.callbacks.Callback]) -> None:
             )
 
 
-def step_logs(step: str, logs: Any) -> dict[str, tf.Tensor]:
-    """What a step returned is a dict of scalars by name; as tensors."""
+def parts(batch: Any) -> tuple[Any, Any, Any]:
+    """A batch is x, (x, y) or (x, y, sample_weight), as the default steps take it; the three, or None."""
+    if isinstance(batch, (list, tuple)) and not 1 <= len(batch) <= 3:
+        raise ValueError(
+            f"A batch must be x, (x, y) or (x, y, sample_weight); one of {len(batch)} parts came. Put several inputs "
+            f"into one x, as a dict or an inner tuple, or override the step, which may take any structure."
+        )
+    return keras.utils.unpack_x_y_sample_weight(batch)
+
+
+def step_logs(step: str, logs: Any) -> dict[str, Any]:
+    """What a step returned is a dict."""
     if not isinstance(logs, dict):
         raise TypeError(
             f"`{step}` must return a dict of this batch's scalars by name, such as {{'loss': loss}}; "
             f"it returned {type(logs).__name__}."
         )
-    flat: dict[Any, Any] = {}
-    for name, value in logs.items():
-        flat |= value if isinstance(value, dict) else {name: value}  # the result of a metric may be a dict
-    return {name: scalar(f"`{step}` returned", name, value) for name, value in flat.items()}
+    return logs
+
+
+def unique(step: str, values: Iterable[Named]) -> None:
+    """Each value has a name of its own."""
+    found: dict[str, Named] = {}
+    for one in values:
+        if one.name in found:
+            raise ValueError(
+                f"`{step}` has two values named '{one.name}': {found[one.name].origin}, and {one.origin}. Rename one."
+            )
+        found[one.name] = one
 
 
 def scalar(who: str, name: Any, value: Any) -> tf.Tensor:
@@ -161,28 +181,88 @@ def gradients(values: Sequence[Any], variables: Sequence[Any]) -> None:
         )
 
 
-def metric_names(metrics: Sequence[keras.Metric]) -> None:
-    """None has the name of Keras's own mean of the loss, which is the first."""
-    if any(inner.name == "loss" for metric in metrics[1:] for inner in getattr(metric, "metrics", [metric])):
-        raise ValueError("A metric is named 'loss', as the loss itself is. Give it another `name`.")
+def variables(values: Any) -> list[Any]:
+    """They are a flat list of variables."""
+    flat = list(values)
+    for index, value in enumerate(flat):
+        if isinstance(value, (list, tuple, dict)):
+            raise ValueError(
+                f"`variables` must be a flat list of variables; {type(value).__name__} came at index {index}. Join "
+                f"lists, as in `[*a.trainable_variables, *b.trainable_variables]`."
+            )
+    return flat
 
 
-def strings(x: Any, model: Any) -> None:
-    """No strings come to a model that was made for numbers."""
-    wanted = [getattr(tensor, "dtype", "string") for tensor in getattr(model, "inputs", ())]
-    if wanted and "string" not in wanted and any(leaf.dtype == tf.string for leaf in tf.nest.flatten(x)):
-        raise TypeError(f"`x` has string values, and the model takes numbers ({wanted[0]}). Convert them, or {_WORDS}.")
+def new_variables(optimizer: Any, variables: Sequence[Any]) -> None:
+    """An optimizer that has its slots has them for these variables."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if inner.built:
+        known = {id(variable) for variable in trained_by(inner)}
+        new = [path_of(variable) for variable in variables if id(variable) not in known]
+        if new:
+            names = ", ".join(new[:5]) + (", …" if len(new) > 5 else "")
+            raise ValueError(
+                f"`optimizer` was built without {names}, such as while a layer was frozen. To train these variables "
+                f"too, give the trainer a new optimizer: `trainer.optimizer = keras.optimizers."
+                f"{type(inner).__name__}(...)`."
+            )
 
 
-def misfit(x: Any, error: ValueError) -> ValueError:
-    """What to raise where a model could not be called: with the shape that came, and Keras's word on it."""
-    shapes = tf.nest.map_structure(lambda leaf: f"{leaf.shape} {leaf.dtype.name}", x)
-    reason = next((line for line in reversed(str(error).splitlines()) if "expected" in line or "Error" in line), "")
-    told = reason.strip() or str(error).strip()
-    return ValueError(
-        f"`x` of {shapes} does not fit the model: {told}. Bring it to that shape, or build the model for it; a data "
-        f"set must give batches, as `dataset.batch(32)` makes them."
-    )
+@contextlib.contextmanager
+def structures(y_pred: Any, **parts: Any) -> Iterator[None]:
+    """Names the structures of all parts where Keras cannot bring them together."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        files = [Path(frame.f_code.co_filename).stem for frame, _ in traceback.walk_tb(error.__traceback__)]
+        _, found, deeper = "/".join(files).rpartition("compile_utils")
+        if not found or not {*deeper.split("/")} <= {"", "tree_api", "optree_impl", "dmtree_impl", "ops"}:
+            raise  # it is of a loss or metric itself
+        came = ", ".join(f"`{name}` {_structure(part)}" for name, part in parts.items() if part is not None)
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name, part in parts.items() if part is not None)} must have the structure of "
+            f"the model's outputs, {_structure(y_pred)}, with None for outputs without; {came} came."
+        ) from error
+
+
+def _structure(part: Any) -> str:
+    if isinstance(part, dict):
+        return "{" + ", ".join(f"{key!r}: {_structure(inner)}" for key, inner in part.items()) + "}"
+    if isinstance(part, (list, tuple)):
+        return "[" + ", ".join(map(_structure, part)) + "]"
+    if part is None or isinstance(part, (str, float, int)):
+        return repr(part)
+    return str(getattr(part, "shape", None) or getattr(part, "name", type(part).__name__))
+
+
+def inputs(x: Any, model: Any) -> None:
+    """What comes to a model that knows its inputs fits them; other models say themselves what does not."""
+    wanted = getattr(model, "inputs", None)
+    leaves = tf.nest.flatten(x)
+    if not isinstance(wanted, list) or len(wanted) != len(leaves):
+        return
+    if not any(tensor.dtype == "string" for tensor in wanted) and any(leaf.dtype == tf.string for leaf in leaves):
+        raise TypeError(
+            f"`x` has string values, and the model takes numbers ({wanted[0].dtype}). Convert them, or {_WORDS}."
+        )
+    if len(leaves) == 1 and leaves[0].shape.rank is not None:
+        shape, expected = leaves[0].shape, tuple(wanted[0].shape)
+        if not _fits(_adjusted(tuple(shape), expected), expected):
+            text = f"`x` of shape {shape} does not fit the model, which takes {expected}."
+            if _fits((None, *shape), expected):
+                raise ValueError(f"{text} It is a single example: batch the data set, as with `dataset.batch(32)`.")
+            raise ValueError(f"{text} Bring it to that shape, or build the model for it.")
+
+
+def _adjusted(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """A shape as Keras's functional models take it: a last dimension of 1 may be missing, or too many."""
+    if len(shape) == len(wanted) + 1 and shape[-1] == 1:
+        return shape[:-1]
+    return (*shape, 1) if len(shape) == len(wanted) - 1 and wanted[-1] == 1 else shape
+
+
+def _fits(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(a is None or b in (None, a) for a, b in zip(wanted, shape, strict=True))
 
 
 def targets(y: Any, loss_name: Any) -> None:
@@ -193,6 +273,8 @@ def targets(y: Any, loss_name: Any) -> None:
             f"`loss` {loss_name} needs targets, and the data has no y. Pass y, or let the data set's elements be "
             f"(x, y); a model that adds its losses itself takes `loss=None`."
         )
+    if all(getattr(leaf, "shape", None) == () for leaf in tf.nest.flatten(y)):
+        raise ValueError("`y` is a single number, not a batch: batch the data set, as with `dataset.batch(32)`.")
     if any(getattr(leaf, "dtype", None) == tf.string for leaf in tf.nest.flatten(y)):
         raise TypeError(f"`y` has string values; `loss` {loss_name} takes numbers. Number the classes from 0 on.")
 
@@ -228,14 +310,14 @@ def hparams(values: Any) -> None:
 
 
 def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
-    """Each is a positive number, where it is one number and not a schedule."""
+    """Each is a finite number of at least 0, where it is one number and not a schedule."""
     for path, optimizer in optimizers.items():
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if isinstance(inner._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             continue
         rate = float(to_numpy(inner.learning_rate))
-        if not rate > 0 or math.isinf(rate):
-            raise ValueError(f"`learning_rate` of `{path}` must be a positive number; {rate} came.")
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"`learning_rate` of `{path}` must be a finite number of at least 0; {rate} came.")
 
 
 def named(function: Callable[P, R]) -> Callable[P, R]:

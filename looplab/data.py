@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.arrays import is_arrays, to_arrays
+from looplab.arrays import is_arrays, leaves, to_arrays, unpack
 from looplab.randomness import draws_when_begun, find_unseeded, reshuffles
 from looplab.warn import warn
 
@@ -111,7 +111,6 @@ def from_arguments(
     batch_size: int | None = None,
     shuffle: bool = False,
     seed: int = 0,
-    class_weight: dict[int, float] | None = None,
     steps: int | None = None,
     training_from: int | None = None,
     strategy: tf.distribute.Strategy,
@@ -141,7 +140,7 @@ def from_arguments(
     else:
         arrays = to_arrays(name, x, y, sample_weight)
         batches = _from_arrays(name, arrays, 32 if batch_size is None else batch_size, shuffle, seed, steps)
-        n = tf.nest.flatten(arrays)[0].shape[0]
+        n = leaves(arrays)[0].shape[0]
         described = {
             "examples": n,
             "batch_size": batch_size or 32,
@@ -152,10 +151,7 @@ def from_arguments(
             batches = dataclasses.replace(batches, steps=min(batches.steps, math.ceil(n / (batch_size or 32))))
 
     def start(epoch: int, batch: int = 0) -> tf.data.Dataset:
-        dataset = batches.start(epoch, batch)
-        if class_weight:
-            dataset = dataset.map(_class_weighting(class_weight))
-        return strategy.experimental_distribute_dataset(dataset)
+        return strategy.experimental_distribute_dataset(batches.start(epoch, batch))
 
     begin = training_from or 0
     first = start(begin)
@@ -171,9 +167,7 @@ def from_arguments(
 def changes(before: Any, after: Any) -> str:
     """In words, where two signatures of a batch differ."""
     names = ("x", "y", "sample_weight")
-    pairs = [
-        dict(zip(names, keras.utils.unpack_x_y_sample_weight(signature), strict=True)) for signature in (before, after)
-    ]
+    pairs = [dict(zip(names, unpack(signature), strict=True)) for signature in (before, after)]
     if tf.nest.map_structure(lambda _: 0, pairs[0]) != tf.nest.map_structure(lambda _: 0, pairs[1]):
         return f"a batch was {before}, and is {after}"
     leaves = [keras.tree.flatten_with_path(part) for part in pairs]
@@ -186,13 +180,12 @@ def changes(before: Any, after: Any) -> str:
 
 
 def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None) -> Batches:
-    n = tf.nest.flatten(arrays)[0].shape[0]
-    per_pass = math.ceil(n / batch_size)
-    leaves = tf.nest.flatten(arrays)
-    distinct = {id(leaf): leaf for leaf in leaves}  # an auto-encoder's x is its y: it is held and gathered once
+    distinct = {id(leaf): leaf for leaf in leaves(arrays)}  # an auto-encoder's x is its y: it is held and gathered once
     tensors = {
         key: tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for key, leaf in distinct.items()
     }
+    n = next(iter(distinct.values())).shape[0]
+    per_pass = math.ceil(n / batch_size)
 
     def one_pass(number: tf.Tensor) -> tf.data.Dataset:
         """The rows of each batch of one pass over the data."""
@@ -203,7 +196,7 @@ def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: i
 
     def gather(rows: tf.Tensor) -> Any:
         gathered = {key: tf.gather(tensor, rows) for key, tensor in tensors.items()}
-        return tf.nest.pack_sequence_as(arrays, [gathered[id(leaf)] for leaf in leaves])
+        return tf.nest.map_structure(lambda leaf: gathered.get(id(leaf)), arrays)
 
     def start(epoch: int, batch: int) -> tf.data.Dataset:
         passed, batch = divmod(epoch * (steps or per_pass) + batch, per_pass)
@@ -219,7 +212,6 @@ def _from_arrays(name: str, arrays: Any, batch_size: int, shuffle: bool, seed: i
 
 
 def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:
-    _check_signature(name, dataset)
     size = int(dataset.cardinality())
     if size == 0:
         raise ValueError(f"`{name}` is an empty data set. Pass at least one batch.")
@@ -271,41 +263,3 @@ def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps:
         return dataset.skip(batch) if batch else dataset
 
     return Batches(name, start, steps, False)  # without `steps`, an epoch may be longer than another
-
-
-def _check_signature(name: str, dataset: tf.data.Dataset) -> None:
-    spec = dataset.element_spec
-    if isinstance(spec, tuple) and not 1 <= len(spec) <= 3:
-        raise ValueError(
-            f"A batch of `{name}` must be x, (x, y) or (x, y, sample_weight); a tuple of {len(spec)} came. "
-            f"Several inputs go into one x, as a dict or an inner tuple."
-        )
-
-
-def _class_weighting(class_weight: dict[int, float]) -> Callable:
-    """A map over batches that multiplies sample weights by the weight of each target's class, 1 where it has none."""
-    if any(isinstance(key, bool) or not hasattr(key, "__index__") or key < 0 for key in class_weight):
-        raise ValueError(
-            f"`class_weight` must have the classes as its keys, whole numbers from 0 on; {class_weight} came."
-        )
-    if not all(0 <= weight < math.inf for weight in class_weight.values()):
-        raise ValueError(f"`class_weight` must have weights of at least 0; {class_weight} came.")
-    table = np.ones(max(class_weight) + 1, keras.config.floatx())
-    table[list(class_weight)] = list(class_weight.values())
-
-    def weigh(*batch):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        if not isinstance(y, tf.Tensor):
-            raise ValueError("`class_weight` needs one target for each example: y came with a structure or not at all.")
-        if y.shape.rank is not None and y.shape.rank > 2:
-            raise ValueError(f"`class_weight` needs one target for each example; y of shape {y.shape} came.")
-        labels = tf.argmax(y, -1) if y.shape.rank > 1 and y.shape[-1] != 1 else tf.reshape(tf.cast(y, tf.int64), [-1])
-        known = tf.minimum(labels, len(table) - 1)
-        weight = tf.where(labels < len(table), tf.gather(table, known), 1)
-        if sample_weight is not None:  # of shape (n,), or (n, 1)
-            weight = tf.cast(sample_weight, weight.dtype) * tf.reshape(
-                weight, [-1, *[1] * (sample_weight.shape.rank - 1)]
-            )
-        return x, y, weight
-
-    return weigh

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import keras
 import tensorflow as tf
 
 from looplab import data
+from looplab.arrays import unpack
 from looplab.callbacks import hooked_to_batches
 from looplab.guard import Fault
 from looplab.loop import CallLogs, Loop, Pace
-from looplab.metrics import Means, named_result
-from looplab.steps import LEARNING_RATE
+from looplab.metrics import Means
 from looplab.tracing import Traces
-from looplab.tracking import to_numpy
+from looplab.tracking import of_each_replica, to_numpy
 from looplab.warn import warn
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -76,7 +78,7 @@ class Epochs(Traces):
             began = time.time()
             if asked == 1:
                 for hook in hooks:
-                    getattr(hook, f"on_{kind}_batch_begin")(done)
+                    getattr(hook, f"on_{kind}_batch_begin")(done, {})
             with self._recording() if loop.eager else contextlib.nullcontext():
                 first = 1 + (self.steps if kind == "train" else done)
                 logs = loop(iterator, asked, first, progress.in_a_row, self.skip_nonfinite)
@@ -94,7 +96,9 @@ class Epochs(Traces):
             told = logs.first(logs.done - 1) if stopped else logs
             self._count(kind, loop, progress, told, folder, began)
             if hooks:
-                self._replay(kind, hooks, told, done, begin=asked > 1)
+                hidden = loop.meaning.rates | loop.meaning.parts
+                with self._shown(loop, hooks):
+                    self._replay(kind, hooks, told, done, hidden, begin=asked > 1)
             if stopped:
                 raise self._fault(kind, batches.name, progress, logs)
             skipped += int((~clean).sum())
@@ -106,7 +110,7 @@ class Epochs(Traces):
             warn(f"{skipped} of {progress.done} steps were passed over: their loss or gradients were not finite.")
         if not progress.done:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
-        return self._results(kind, progress.means)
+        return self._results(kind, loop, progress.means)
 
     def _is_over(self, kind: str, batches: data.Batches, progress: Progress) -> bool:
         """Whether a pass has come to its end."""
@@ -117,7 +121,7 @@ class Epochs(Traces):
     def _count(self, kind: str, loop: Loop, progress: Progress, logs: CallLogs, folder: str | None, began: float):
         """Enters what a graph call told into the means, the counters, and the event files."""
         clean = logs.faults == 0
-        progress.means.add(logs.weights * clean, logs.scalars)
+        progress.means.add(logs.weights * clean, without(loop.meaning.rates, logs.scalars))
         progress.done += logs.done
         before = self.steps if kind == "train" else self._test_steps
         if folder is not None:  # validation has a count of its own, which goes on rising
@@ -134,23 +138,22 @@ class Epochs(Traces):
     def _fault(self, kind: str, name: str, progress: Progress, logs: CallLogs) -> Fault:
         """What ends the pass: the last step of a graph call."""
         rows = tf.nest.map_structure(self._gathered, logs.batch.get_value())
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(rows)
+        x, y, sample_weight = unpack(rows)
         parts = {name: float(values[-1]) for name, values in logs.scalars.items() if "loss" in name}
         code = int(logs.faults[-1])
         batch = {name: x, "y": y, "sample_weight": sample_weight}
         return Fault(code, self._guard.message(code), kind, progress.done + 1, batch, parts)
 
-    def _results(self, kind: str, means: Means) -> dict[str, float]:
-        """The logs of a pass: the result of each metric that was updated, and the means of other values."""
-        tracked: dict[str, Any] = {}
-        unweighed = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
-        for metric in self._batch_metrics.updated[kind].values():
-            if metric not in unweighed:
-                tracked |= named_result(metric)
-        logged = {name: mean for name, mean in means.result().items() if not name.startswith(LEARNING_RATE)}
-        results = {name: float(tracked.get(name, mean)) for name, mean in logged.items()}
+    def _results(self, kind: str, loop: Loop, means: Means) -> dict[str, float]:
+        """The values of a pass, parts of the loss too: the results of metrics, and means of all else."""
+        sources = loop.meaning.sources
+        metrics = {id(source.metric): source.metric for source in sources.values()}
+        with self._in_scope(loop):
+            outcomes = {key: metric.result() for key, metric in metrics.items()}
+        results = {name: float(source.of(outcomes[id(source.metric)])) for name, source in sources.items()}
+        results = {name: results.get(name, mean) for name, mean in means.result().items()}
         keras_mean = self._compiled.metrics[0]
-        if "loss" in results and keras_mean not in self._batch_metrics.updated[kind].values():
+        if kind == "train" and "loss" in results and keras_mean not in self._batch_metrics.updated[kind]:
             keras_mean.update_state(results["loss"])  # for callbacks that look it up among the metrics
         return results
 
@@ -159,14 +162,16 @@ class Epochs(Traces):
             return self.steps_per_execution
         return "auto" if not self.run_eagerly and all(getattr(hook, "async_safe", False) for hook in hooks) else 1
 
-    def _replay(self, kind: str, hooks: Sequence[Any], logs: CallLogs, first: int, begin: bool) -> None:
+    def _replay(
+        self, kind: str, hooks: Sequence[Any], logs: CallLogs, first: int, hidden: Collection[str], begin: bool
+    ) -> None:
         """Calls the hooks for each step that a graph call did, with the values of that step."""
-        columns = {n: v.tolist() for n, v in logs.scalars.items() if not n.startswith(LEARNING_RATE)}
+        columns = {n: v.tolist() for n, v in logs.scalars.items() if n not in hidden}
         for index in range(logs.done):
             values = {name: column[index] for name, column in columns.items()}
             for hook in hooks:
                 if begin:
-                    getattr(hook, f"on_{kind}_batch_begin")(first + index)
+                    getattr(hook, f"on_{kind}_batch_begin")(first + index, {})
                 getattr(hook, f"on_{kind}_batch_end")(first + index, values)
 
     def _evaluate(
@@ -175,14 +180,36 @@ class Epochs(Traces):
         callbacks: Any,
         folder: str | None = None,
         between: Callable[[int], int | None] = lambda done: None,
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The values over all the data, and those of the parts of the loss."""
         loop = self._prepared("test", batches.element_spec, self.run_eagerly)
-        with self._undisturbed():
-            self._reset_metrics()
+        with self._reading_only(loop):
             callbacks.on_test_begin()
-            logs = self._run("test", loop, batches.iterate(0), batches, Progress(), callbacks, folder, between)
-            callbacks.on_test_end(logs)
-        return logs
+            results = self._run("test", loop, batches.iterate(0), batches, Progress(), callbacks, folder, between)
+            parts = {name: results.pop(name) for name in loop.meaning.parts}
+            with self._shown(loop, callbacks.callbacks):
+                callbacks.on_test_end(results)
+        return results, parts
+
+    @contextlib.contextmanager
+    def _reading_only(self, loop: Loop) -> Iterator[None]:
+        """Within it an evaluation runs, whose metrics start afresh; afterwards all variables are as they were."""
+        if loop.eager:
+            with self._undisturbed():
+                self._reset_metrics()
+                yield
+            return
+        with loop.copies.lock:
+            loop.copies.refresh()
+            with keras.StatelessScope() as fresh:
+                self._reset_metrics()
+            for variable in self._metric_variables():
+                value = fresh.get_current_value(variable)
+                for part in of_each_replica(variable).values():
+                    copy = loop.copies.of(part)
+                    if copy is not None and value is not None:
+                        copy.assign(value)
+            yield
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -194,6 +221,32 @@ class Epochs(Traces):
             for variable, value in kept:
                 variable.assign(value)
 
+    def _in_scope(self, loop: Loop) -> contextlib.AbstractContextManager:
+        """Within it, in this thread, metrics are what the loop's pass made of them."""
+        if self.strategy.num_replicas_in_sync > 1:  # one value of several copies: the metric knows which
+            return self._shown(loop, [self])
+        copies = [(variable, loop.copies.of(variable)) for variable in self._metric_variables()]
+        return keras.StatelessScope([(v, tf.convert_to_tensor(copy)) for v, copy in copies if copy is not None])
+
+    @contextlib.contextmanager
+    def _shown(self, loop: Loop, viewers: Sequence[Any]) -> Iterator[None]:
+        """Within it, metrics are what the loop's pass made of them, for callbacks that look at them."""
+        shown = []
+        if any(not getattr(viewer, "stateless", False) for viewer in viewers):
+            parts = [part for v in self._metric_variables() for part in of_each_replica(v).values()]
+            copies = [(part, loop.copies.of(part)) for part in parts]
+            shown = [(part, copy, to_numpy(part)) for part, copy in copies if copy is not None]
+        for part, copy, _ in shown:
+            part.assign(copy)
+        try:
+            yield
+        finally:
+            for part, _, before in shown:
+                part.assign(before)
+
+    def _metric_variables(self) -> list[Any]:
+        return [variable for metric in self.metrics for variable in metric.variables]
+
     def _reset_metrics(self) -> None:
         for metric in self.metrics:
             metric.reset_state()
@@ -203,7 +256,19 @@ class Epochs(Traces):
         return joined(*self.strategy.experimental_local_results(value))
 
 
+def without(names: Collection[str], values: Mapping[str, T]) -> dict[str, T]:
+    """The values of all other names."""
+    return {name: value for name, value in values.items() if name not in names}
+
+
 def joined(*parts: Any) -> Any:
-    """The rows of all parts as one array, or as one `tf.RaggedTensor`."""
+    """The rows of all parts as one array, or as a `tf.RaggedTensor` where they are of several lengths."""
+    shapes = [tuple(part.shape) for part in parts]
+    if len({shape[1:] for shape in shapes}) > 1 and not any(isinstance(part, tf.RaggedTensor) for part in parts):
+        if len({*map(len, shapes)}) > 1:
+            raise ValueError(f"`predict_step` must return outputs of one rank; shapes {shapes[:5]} came.")
+        lengths = [{*sizes} for sizes in zip(*shapes, strict=True)]
+        ragged = max(axis for axis, sizes in enumerate(lengths) if axis > 0 and len(sizes) > 1)
+        parts = tuple(tf.RaggedTensor.from_tensor(part, ragged_rank=ragged) for part in parts)
     whole = tf.concat(parts, 0)
     return whole.numpy() if isinstance(whole, tf.Tensor) else whole

@@ -14,7 +14,7 @@ import keras
 from looplab import state
 from looplab.checkpoint import Checkpoints
 from looplab.data import Batches
-from looplab.epoch import Epochs, Progress
+from looplab.epoch import Epochs, Progress, without
 from looplab.guard import Fault
 from looplab.interrupts import Interrupted, Interrupts
 from looplab.metrics import lower_is_better
@@ -157,19 +157,20 @@ class Fit:
         trainer = self.trainer
         with self._interrupts.at_once():  # a function of the epoch may give batches of another shape
             loop = trainer._prepared("train", iterator.element_spec, trainer.run_eagerly)
-        self._logs = trainer._run(
+        results = trainer._run(
             "train", loop, iterator, self.train, self._progress, self.callbacks, "train", self._between_calls
         )
+        self._logs = without(loop.meaning.parts, results)
         validates = self.validation is not None and self.validates_after(self._epoch)
         if validates and self.checkpoints is not None:
             self._before_validation = self._state_now()  # where it is interrupted, it is done again as a whole
         trainer.epochs += 1
-        trainer._events.scalars("train", trainer.epochs, _epoch_tags(self._logs))
+        trainer._events.scalars("train", trainer.epochs, _epoch_tags(results))
         if validates:
             assert self.validation is not None
             check = self._interrupts.check
-            results = trainer._evaluate(self.validation, self.callbacks, "validation", lambda _: check())
-            trainer._events.scalars("validation", trainer.epochs, _epoch_tags(results))
+            results, parts = trainer._evaluate(self.validation, self.callbacks, "validation", lambda _: check())
+            trainer._events.scalars("validation", trainer.epochs, _epoch_tags(results | parts))
             self._logs |= {f"val_{name}": value for name, value in results.items()}
         self._before_validation = None
         self.callbacks.on_epoch_end(self._epoch, self._logs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from looplab.graphs import written
 from looplab.tracking import path_of
 
-_READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape")
 _LARGE = 2**14  # numbers
 NO_ROWS = "the batch has no rows: filter empty ones out"
 _ADVICE = "Often a smaller learning rate, or `global_clipnorm` of the optimizer, helps"
@@ -143,12 +143,7 @@ class Guard:
         if tf.executing_eagerly():
             return list(variables)
         graph = tf.compat.v1.get_default_graph()
-        handles = {
-            id(tensor)
-            for operation in set(graph.get_operations()).difference(*but)
-            for index, tensor in enumerate(operation.inputs)
-            if tensor.dtype == tf.resource and index not in _only_read(operation)
-        }
+        handles = written(set(graph.get_operations()).difference(*but))
         plain = [variable.value if isinstance(variable, keras.Variable) else variable for variable in variables]
         return [v for v, inner in zip(variables, plain, strict=True) if id(graph.capture(inner.handle)) in handles]
 
@@ -220,16 +215,6 @@ class Guard:
 
 def _operations() -> list[tf.Operation]:
     return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()
-
-
-def _only_read(operation: tf.Operation) -> Collection[int]:
-    """Which of its inputs an operation does not change, as TensorFlow tells of those that have branches or a body."""
-    if operation.type in _READING:
-        return range(len(operation.inputs))
-    try:
-        return operation.get_attr("_read_only_resource_inputs")
-    except ValueError:
-        return ()
 
 
 def _arrays(parts: Any, path: str = "") -> dict[str, np.ndarray]:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+
+from looplab.graphs import Copies, trace, written_variables
+from looplab.metrics import Source
+
+
+class Meaning(NamedTuple):
+    """What the scalars of a step are, by their names."""
+
+    sources: Mapping[str, Source]
+    """The metric, and the entry of its result, that a scalar is."""
+    rates: frozenset[str]
+    """Learning rates, which are for TensorBoard alone."""
+    parts: frozenset[str]
+    """Parts of the loss, which are for TensorBoard alone."""
 
 
 class StepLogs(NamedTuple):
@@ -18,6 +32,9 @@ class StepLogs(NamedTuple):
     """uint8 images of shape (n, height, width, channels), by name."""
     fault: Any = 0
     """int32: 0, or what was wrong, for which the step did not update what it trains; see `Guard`."""
+    weight: Any = 1
+    """How many examples the replica has."""
+    meaning: Meaning = Meaning({}, frozenset(), frozenset())
 
 
 class CallLogs(NamedTuple):
@@ -62,6 +79,7 @@ class Loop:
         stop: A bool variable: once it is true, the running step is the last.
         jit_compile: Whether XLA compiles the step.
         run_eagerly: Whether Python goes through it line by line, for debugging.
+        read_only: Whether the step changes copies of the variables that it would change: see `copies`.
     """
 
     def __init__(
@@ -76,6 +94,7 @@ class Loop:
         stop: tf.Variable | None = None,
         jit_compile: bool = False,
         run_eagerly: bool = False,
+        read_only: bool = False,
     ):
         self.element_spec = element_spec
         self._step = step
@@ -93,9 +112,12 @@ class Loop:
         self.eager = run_eagerly
         if strategy.num_replicas_in_sync > 1:
             self._make_variables()
+        self.meaning = Meaning({}, frozenset(), frozenset())
         if not run_eagerly:
-            whole_step = tf.function(self._whole_step, jit_compile=jit_compile or None)
-            self._one_step = whole_step.get_concrete_function(element_spec, tf.TensorSpec((), tf.int64))
+            number = tf.TensorSpec((), tf.int64)
+            self._one_step = trace(self._whole_step, element_spec, number, jit_compile=jit_compile)
+        self.copies = Copies(self._one_step if read_only and not run_eagerly else None)
+        """With `read_only`, what the step changes."""
 
     @property
     def names(self) -> list[str]:
@@ -103,13 +125,11 @@ class Loop:
         return self._scalar_names
 
     @property
-    def variables(self) -> list[tf.Variable]:
-        """All that the graph of one step uses, in the order in which it came to use them."""
+    def written(self) -> list[tf.Variable]:
+        """The variables that the graph of one step may change, in the order in which it came to use them."""
         if self.eager:
             return []
-        by_handle = {id(variable.handle): variable for variable in self._one_step.graph.variables}
-        used = (by_handle.get(id(external)) for external, _ in self._one_step.graph.captures)
-        return [variable for variable in used if variable is not None]
+        return [original for original, _ in self.copies.pairs] or written_variables(self._one_step)
 
     @property
     def graph(self) -> tf.Graph | None:
@@ -134,7 +154,7 @@ class Loop:
             if self._traced is None:
                 self._traced = tf.function(self._call).get_concrete_function(*arguments)
             rows, pictures, batch = self._traced(*arguments)
-        table = rows.numpy()
+        table = rows.numpy().reshape(-1, 2 + len(self._scalar_names))  # without a step there are no columns
         images = [
             (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
             for index, row in enumerate(pictures.numpy())
@@ -155,22 +175,30 @@ class Loop:
             batch = tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), one_replica)
             self._strategy.run(self._step, (batch, tf.constant(1, tf.int64)))
 
-    def _whole_step(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, StepLogs]:
-        """One step on all replicas: the count of examples, and float64 means weighed by it."""
+    def _whole_step(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
+        """One step on all replicas: the count of examples, float64 means weighed by it, images, and the fault."""
         before = {id(variable): tf.convert_to_tensor(variable) for variable in self._state()}
 
         def replica_step(batch, number):
             logs = self._step(batch, number)
             self._scalar_names, self._image_names = list(logs.scalars), list(logs.images)
+            self.meaning = logs.meaning
             # In float64 the product with a count, and the quotient, are exact: one replica's float32 comes back as
             # it was. Sums, because in a ragged last batch a replica may have no rows, and then no mean.
             with tf.name_scope("logs"):
-                weight = tf.cast(examples(batch), tf.float64)
+                weight = tf.cast(logs.weight, tf.float64)
                 sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
                 sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
             return weight, sums, logs.images, logs.fault
 
-        weight, sums, images, fault = self._strategy.run(replica_step, (batch, number))
+        try:
+            weight, sums, images, fault = self._strategy.run(replica_step, (batch, number))
+        except Exception:
+            if self.eager:  # what the step changed before it failed
+                for variable in self._state():
+                    if id(variable) in before:
+                        variable.assign(before[id(variable)])
+            raise
         with tf.name_scope("logs"):
             total = self._strategy.reduce("SUM", weight, axis=None)
             means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
@@ -187,7 +215,7 @@ class Loop:
             self._forget()
 
         tf.cond(tf.equal(fault, 0), lambda: None, bring_back)
-        return total, StepLogs(means, images, fault)
+        return total, means, images, fault
 
     def _worst(self, codes: Any) -> tf.Tensor:
         """Of the replicas' codes the lowest, if one is negative, else the highest."""
@@ -209,16 +237,15 @@ class Loop:
         batch = iterator.get_next_as_optional()
         while goes_on & batch.has_value():
             number = first + tf.cast(done, tf.int64)
-            weight, logs = step(batch.get_value(), number)
-            values = [weight, _wide(logs.fault)]
-            values += [logs.scalars[name] for name in self._scalar_names]
+            weight, scalars, images, fault = step(batch.get_value(), number)
+            values = [weight, _wide(fault), *(scalars[name] for name in self._scalar_names)]
             rows = rows.write(done, tf.stack(values))
-            pictures = pictures.write(done, self._encoded(logs.images, number))
+            pictures = pictures.write(done, self._encoded(images, number))
             done += 1
-            faulty = tf.where(logs.fault > 0, faulty + 1, 0)
-            with tf.control_dependencies([logs.fault]):  # else it could be read before the step is done
+            faulty = tf.where(fault > 0, faulty + 1, 0)
+            with tf.control_dependencies([fault]):  # else it could be read before the step is done
                 stops = tf.convert_to_tensor(self._stop)
-            goes_on = (done < steps) & (logs.fault >= 0) & (faulty <= most_faulty) & ~stops
+            goes_on = (done < steps) & (fault >= 0) & (faulty <= most_faulty) & ~stops
             if goes_on:  # else the next call would miss a batch, and whoever asks for a faulty one
                 batch = iterator.get_next_as_optional()
         return rows.stack()[:done], pictures.stack()[:done], batch
@@ -231,14 +258,6 @@ class Loop:
             due = tf.equal((number - 1) % self._image_every[name], 0)
             cells.append(tf.cond(due, lambda image=image: tf.io.serialize_tensor(tf.io.encode_png(image)), lambda: ""))
         return tf.stack(cells) if cells else tf.zeros((0,), tf.string)
-
-
-def examples(batch: Any) -> tf.Tensor:
-    """How many examples a batch has: the length of its first tensor, or 1 where that has no dimensions."""
-    first = tf.nest.flatten(batch)[0]
-    if isinstance(first, tf.RaggedTensor):
-        return first.nrows()
-    return 1 if first.shape.rank == 0 else tf.shape(first)[0]
 
 
 def _of_one_replica(spec: Any) -> Any:

@@ -5,44 +5,31 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from looplab.hooks import Hooks
+
 REGULARIZATION = "regularization"
 
 _thread = threading.local()  # .ledger: that of the step which runs in this thread
-_lock = threading.Lock()
-_listeners = 0
-_add_loss = keras.Layer.add_loss
 
 
-@contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """Within it, what Keras layers add goes to the open ledger of the thread that adds it, if there is one."""
-    global _listeners
-    with _lock:
-        _listeners += 1
-        keras.Layer.add_loss = _listened
-    try:
-        yield
-    finally:
-        with _lock:
-            _listeners -= 1
-            if not _listeners:
-                keras.Layer.add_loss = _add_loss
-
-
-def _listened(layer: keras.Layer, loss: Any) -> None:
-    _add_loss(layer, loss)
+def _adding(add_loss: Callable[..., None], layer: keras.Layer, loss: Any) -> None:
+    add_loss(layer, loss)
     ledger: Ledger | None = getattr(_thread, "ledger", None)
     if ledger is not None:
         for value in tf.nest.flatten(loss):
             # A layer that Keras calls to infer shapes does not keep the loss: nor do we.
             if any(value is kept for kept in layer.losses):
                 ledger.add(layer.path or layer.name, value)
+
+
+listening = Hooks(keras.Layer, {"add_loss": _adding})
+"""Within it, what Keras layers add goes to the open ledger of the thread that adds it, if there is one."""
 
 
 class Ledger:

@@ -2,118 +2,263 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from looplab.hooks import Hooks
+
+_thread = threading.local()  # .step: the step that runs in this thread, which is one replica
+
+
+class Source(NamedTuple):
+    """The metric that a value is the result of, and the keys to the value where the result is a dict."""
+
+    metric: keras.Metric
+    keys: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        entry = f"entry {'/'.join(map(str, self.keys))!r} of " if self.keys else ""
+        return f"{entry}the result of metric '{self.metric.name}'"
+
+    def of(self, result: Any) -> Any:
+        """The value within the metric's result."""
+        return functools.reduce(lambda inner, key: inner[key], self.keys, result)
+
+
+class Named(NamedTuple):
+    """A value of a step under its name."""
+
+    name: Any
+    value: Any
+    origin: str
+    """Where it comes from, in words."""
+    source: Source | None = None
+    """The metric that it comes from."""
+
 
 class BatchMetrics:
-    """Lets metrics tell the value of the current batch alone while a step runs.
+    """Lets metrics give the value of the current batch alone while a step runs.
 
-    Each `update_state` counts twice: in the metric's variables, which are the running state, and in copies of them
-    that are reset when a step begins. `result` tells the latter. So a step written as in Keras, which returns
-    `metric.result()`, returns this batch's value, and the running value is there once the step is over.
+    Each `update_state` runs twice: on the metric's variables, which hold the running state, and on copies of them that
+    are reset when a step starts. `result` reads the copies. So a step written as in Keras, which returns
+    `metric.result()`, returns this batch's value, and the metric itself has the value of the epoch so far.
     """
 
     def __init__(self) -> None:
-        self.updated: dict[str, dict[str, keras.Metric]] = {
-            "train": {},
-            "test": {},
-        }  # by kind of step
-        self._copies: dict[keras.Metric, list[tuple[tf.Variable, np.ndarray]]] = {}  # and the value of each when fresh
-        self._step = threading.local()  # each thread, which is each replica, has its own step
+        # By kind of step; what an earlier trace has seen stays, because an inner `tf.function` is traced once.
+        self.updated: dict[str, list[keras.Metric]] = {"train": [], "test": []}
+        self.copies: dict[int, _Copy] = {}  # by the variable's identity
 
     @property
     def variables(self) -> list[tf.Variable]:
         """The copies."""
-        return [copy for copies in self._copies.values() for copy, _ in copies]
+        return [copy.variable for copy in self.copies.values()]
 
     @contextlib.contextmanager
-    def watching(self, metrics: Iterable[keras.Metric]) -> Iterator[None]:
-        """Within it, `metrics` tell the values of batches in a thread where a step is open.
+    def open(self, kind: str, held: Iterable[keras.Metric]) -> Iterator[None]:
+        """Within it runs a step of this kind, "train" or "test", of a trainer that holds these metrics."""
+        kept = {id(metric) for metric in held}
+        self.updated[kind] = [metric for metric in self.updated[kind] if id(metric) in kept]
+        known = list(self.copies.values())
+        for copy in known:
+            copy.reset()
+        _thread.step = _Step(self, self.updated[kind])
+        try:
+            yield
+            for copy in self.copies.values():
+                if copy not in known:  # made by this trace: it is reset for the next step here
+                    copy.reset()
+        finally:
+            _thread.step = None
 
-        Raises:
-            ValueError: A metric keeps its state in a `tf.Variable`, of which Keras can make no second state.
+    def source(self, value: Any) -> Source | None:
+        """The metric whose result a value is, if a metric of the running step returned this very object."""
+        step: _Step | None = getattr(_thread, "step", None)
+        return None if step is None else step.results.get(id(value), (None, None))[1]
+
+    def not_returned(self) -> list[Named]:
+        """The results of the metrics that the step updated and did not ask for, as those of layers, where scalar."""
+        step = _thread.step
+        missing = [metric for metric in step.updated if not any(metric is asked for asked in step.asked)]
+        found = [one for metric in missing for one in self.named(metric.name, metric.result())]
+        return [one for one in found if _is_scalar(one.value)]
+
+    def named(self, name: Any, value: Any, origin: str = "") -> list[Named]:
+        """A value under its name, or the values of a dict under their keys, as Keras flattens logs.
+
+        Args:
+            origin: Where it comes from, if no metric does.
         """
-        methods = []
-        for metric in metrics:
-            if any(isinstance(value, tf.Variable) for value in vars(metric).values()):
-                raise ValueError(
-                    f"Metric '{metric.name}' holds a `tf.Variable`. Make its state by `self.add_variable`."
-                )
-            methods.append((metric, metric.update_state, metric.result))
-        for metric, update_state, result in methods:
-            metric.update_state = functools.partial(self._update, metric, update_state)
-            metric.result = functools.partial(self._result, metric, result)
-        try:
-            yield
-        finally:
-            for metric, update_state, result in methods:
-                for name, method in (("update_state", update_state), ("result", result)):
-                    delattr(metric, name)
-                    if getattr(metric, name) != method:  # it was an attribute of the instance before
-                        setattr(metric, name, method)
+        if isinstance(value, dict):
+            return [one for key, inner in value.items() for one in self.named(key, inner, f"{origin} under {name!r}")]
+        source = self.source(value)
+        return [Named(name, value, str(source or origin), source)]
+
+    def running(self, metric: keras.Metric) -> Any:
+        """The metric's result over the epoch so far."""
+        step: _Step | None = getattr(_thread, "step", None)
+        if step is None:
+            return metric.result()
+        with step.alone():
+            return step.recorded(metric, metric.result())
+
+
+class _Copy:
+    """A second state of a metric's variable."""
+
+    def __init__(self, original: Any, fresh: np.ndarray):
+        self.original = original  # held, so that its identity is not that of another
+        self._fresh = fresh
+        on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
+        self.variable = tf.Variable(fresh, trainable=False, **on_read)
+
+    def reset(self) -> None:
+        self.variable.assign(self._fresh)
+
+
+class _Step:
+    """A step that runs in this thread."""
+
+    def __init__(self, owner: BatchMetrics, updated: list[keras.Metric]):
+        self._owner = owner
+        self.updated = updated
+        self.asked: list[keras.Metric] = []
+        self.results: dict[int, tuple[Any, Source]] = {}  # by identity, with the value, so that it stays one
+        self._touched: set[int] = set()  # the variables whose copies this step changed, by identity
+        self._is_within = False
 
     @contextlib.contextmanager
-    def open(self, kind: str) -> Iterator[None]:
-        """Within it runs a step of this kind, "train" or "test"."""
-        updated = self.updated[kind]
-        self._step.updated, self._step.asked, self._step.copying = updated, set(), False
-        for copies in self._copies.values():  # also where this trace does not know yet that it will update them
-            for copy, fresh in copies:
-                copy.assign(fresh)
+    def alone(self) -> Iterator[None]:
+        """Within it, metrics do as Keras has them: a metric's own methods may call those of others."""
+        self._is_within, before = True, self._is_within
         try:
             yield
         finally:
-            del self._step.updated
+            self._is_within = before
 
-    def unasked(self) -> dict[str, Any]:
-        """The batch's values of the metrics whose result the step did not ask for: layers own such ones."""
-        values: dict[str, Any] = {}
-        for metric in self._step.updated.values():
-            if metric not in self._step.asked:
-                for name, value in named_result(metric).items():
-                    if name in values:
-                        raise ValueError(f"Two metrics are named '{name}'. Give one of them another `name`.")
-                    values[name] = value
-        return values
-
-    def _update(self, metric: keras.Metric, update_state: Callable, *args: Any, **kwargs: Any) -> Any:
-        outcome = update_state(*args, **kwargs)  # first, because it may make the metric's variables
-        if hasattr(self._step, "updated") and not self._step.copying:
-            if metric not in self._copies:
-                self._copies[metric] = _fresh_copies(metric)
-            self._step.updated.setdefault(str(id(metric)), metric)
+    def update(self, metric: keras.Metric, update_state: Callable[[], Any]) -> Any:
+        if self._is_within:
+            return update_state()
+        with self.alone():
+            outcome = update_state()  # first, because it may make the metric's variables
+            self._make_copies(metric)
+            before = _python_state(metric)
             with self._on_copies(metric) as scope:
-                update_state(*args, **kwargs)
-            for variable, (copy, _) in zip(metric.variables, self._copies[metric], strict=True):
-                copy.assign(scope.get_current_value(variable))
+                update_state()
+            _check_python_state(before, _python_state(metric))
+            for variable in metric.variables:
+                self._owner.copies[id(variable)].variable.assign(scope.get_current_value(variable))
+        self._touched.update(map(id, metric.variables))
+        if not any(metric is known for known in self.updated):
+            self.updated.append(metric)
         return outcome
 
-    def _result(self, metric: keras.Metric, result: Callable) -> Any:
-        if not hasattr(self._step, "updated") or self._step.copying or metric not in self._step.updated.values():
+    def result(self, metric: keras.Metric, result: Callable[[], Any]) -> Any:
+        if self._is_within:
             return result()
-        self._step.asked.add(metric)
-        with self._on_copies(metric):
-            return result()
+        self.asked.append(metric)
+        of_batch = any(metric is known for known in self.updated) or self._touched & {*map(id, metric.variables)}
+        with self.alone():
+            if not of_batch:
+                return self.recorded(metric, result())
+            self._make_copies(metric)
+            with self._on_copies(metric):
+                return self.recorded(metric, result())
+
+    def recorded(self, metric: keras.Metric, result: Any, keys: tuple[Any, ...] = ()) -> Any:
+        """The result as tensors, each known from now on as this metric's."""
+        if isinstance(result, dict):
+            return {key: self.recorded(metric, inner, (*keys, key)) for key, inner in result.items()}
+        value = tf.convert_to_tensor(result)
+        if id(value) in self.results:  # a metric may return the same tensor twice
+            value = tf.identity(value)
+        self.results[id(value)] = value, Source(metric, keys)
+        return value
+
+    def _make_copies(self, metric: keras.Metric) -> None:
+        missing = [variable for variable in metric.variables if id(variable) not in self._owner.copies]
+        if missing:
+            with tf.init_scope():
+                with keras.StatelessScope() as scope:
+                    metric.reset_state()
+                for variable in missing:
+                    fresh = scope.get_current_value(variable)
+                    fresh = variable.value if fresh is None else fresh  # `reset_state` leaves it alone
+                    self._owner.copies[id(variable)] = _Copy(variable, np.array(tf.convert_to_tensor(fresh)))
 
     @contextlib.contextmanager
     def _on_copies(self, metric: keras.Metric) -> Iterator[keras.StatelessScope]:
-        """Within it, the metric's variables stand for their copies; a metric inside of it is a part of it."""
-        copies = [tf.convert_to_tensor(copy) for copy, _ in self._copies[metric]]
-        self._step.copying = True
-        try:
-            with keras.StatelessScope(list(zip(metric.variables, copies, strict=True))) as scope:
-                yield scope
-        finally:
-            self._step.copying = False
+        """Within it, the metric's variables stand for their copies."""
+        pairs = [(v, tf.convert_to_tensor(self._owner.copies[id(v)].variable)) for v in metric.variables]
+        with keras.StatelessScope(pairs) as scope:
+            yield scope
+
+
+def _updating(update_state: Callable[..., Any], metric: keras.Metric, *args: Any, **kwargs: Any) -> Any:
+    step: _Step | None = getattr(_thread, "step", None)
+    if step is None:
+        return update_state(metric, *args, **kwargs)
+    return step.update(metric, functools.partial(update_state, metric, *args, **kwargs))
+
+
+def _resulting(result: Callable[..., Any], metric: keras.Metric) -> Any:
+    step: _Step | None = getattr(_thread, "step", None)
+    return result(metric) if step is None else step.result(metric, functools.partial(result, metric))
+
+
+watching = Hooks(keras.Metric, {"update_state": _updating, "result": _resulting}, subclasses=True)
+"""Within it, all metrics give the values of batches in a thread where a step is open."""
+
+
+def _python_state(metric: keras.Metric) -> dict[tuple[str, str], Any]:
+    """What metrics hold beside Keras variables, by metric and attribute, in a form that can be compared."""
+    found: dict[tuple[str, str], Any] = {}
+    pending, seen = [metric], set()
+    while pending:
+        one = pending.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        pending += [inner for inner in keras.tree.flatten(list(vars(one).values())) if isinstance(inner, keras.Metric)]
+        for name, value in vars(one).items():
+            if isinstance(value, tf.Variable):
+                raise ValueError(f"Metric '{one.name}' holds a `tf.Variable`. Make its state with `self.add_variable`.")
+            found[one.name, name] = _snapshot(value)
+    return found
+
+
+def _check_python_state(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> None:
+    for (metric, name), value in after.items():
+        if value != before.get((metric, name)):
+            raise ValueError(
+                f"Metric '{metric}' keeps state in the Python attribute `{name}`, which a graph does not update and a "
+                f"checkpoint does not save. Make its state with `self.add_variable` in `__init__`."
+            )
+
+
+def _snapshot(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(key, _snapshot(inner)) for key, inner in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        return [*map(_snapshot, value)]
+    if isinstance(value, np.ndarray):
+        return value.shape, value.tobytes()
+    if isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)  # NaN is itself
+    return id(value) if tf.is_tensor(value) and not isinstance(value, keras.Variable) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return getattr(value, "shape", None) == () and value.dtype != tf.string
 
 
 class Means:
@@ -148,24 +293,6 @@ class Means:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` told."""
         self._sums, self._weight = dict(state["sums"]), state["weight"]
-
-
-def named_result(metric: keras.Metric) -> dict[str, Any]:
-    """A metric's result as scalars by name: most give one, some a dict."""
-    result = metric.result()
-    return dict(result) if isinstance(result, dict) else {metric.name: result}
-
-
-def _fresh_copies(metric: keras.Metric) -> list[tuple[tf.Variable, np.ndarray]]:
-    """A variable for each of the metric's, of its value after a reset, and that value."""
-    with tf.init_scope():
-        with keras.StatelessScope() as scope:
-            metric.reset_state()
-        values = [scope.get_current_value(variable) for variable in metric.variables]
-        values = [v.value if value is None else value for v, value in zip(metric.variables, values, strict=True)]
-        fresh = [np.array(tf.convert_to_tensor(value)) for value in values]
-        on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
-        return [(tf.Variable(value, trainable=False, **on_read), value) for value in fresh]
 
 
 def lower_is_better(monitor: str, mode: str, metrics: Iterable[keras.Metric]) -> bool:

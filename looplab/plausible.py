@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -11,7 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.guard import Guard
-from looplab.pairs import pairs
+from looplab.hooks import Hooks
+
+_thread = threading.local()  # .inspect: what looks at the losses that are computed in this thread
 
 _SCALING = (
     *(keras.layers.Rescaling, keras.layers.Normalization, keras.layers.BatchNormalization),
@@ -34,12 +37,52 @@ _KINDS = {
     "tversky": "part",
 }
 _CROSS_ENTROPIES = ("sparse", "categorical", "binary")
+_CROSS_ENTROPY_METRICS = (
+    *(keras.metrics.BinaryCrossentropy, keras.metrics.CategoricalCrossentropy),
+    keras.metrics.SparseCategoricalCrossentropy,
+)
 
 _POINTWISE = {
     *("mean_squared_error", "mean_absolute_error", "mean_absolute_percentage_error", "mean_squared_logarithmic_error"),
     *("huber", "log_cosh", "poisson", "kl_divergence", "hinge", "squared_hinge", "categorical_hinge"),
     *("binary_crossentropy", "binary_focal_crossentropy"),
 }
+
+
+Inspect = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+"""From a loss, target, output and weight to the target and weight that the loss gets."""
+
+
+def _calling(call: Callable[..., Any], loss: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+    inspect: Inspect | None = getattr(_thread, "inspect", None)
+    if inspect is not None:
+        y_true, sample_weight = inspect(loss, y_true, y_pred, sample_weight)
+    return call(loss, y_true, y_pred, sample_weight)
+
+
+listening = Hooks(keras.Loss, {"__call__": _calling})
+"""Within it, losses can be inspected; Keras decides which target, output and weight belong to a loss."""
+
+
+@contextlib.contextmanager
+def inspected(inspect: Inspect) -> Iterator[None]:
+    """Within it, each call of a Keras loss in this thread passes through `inspect`."""
+    _thread.inspect = inspect
+    try:
+        yield
+    finally:
+        _thread.inspect = None
+
+
+def values_shape(loss: Any, target: Any, output: Any) -> tf.TensorShape:
+    """The shape of a loss's values before they are reduced; unknown where `loss` does not say it alone."""
+    try:
+        if tf.executing_eagerly():
+            return tf.convert_to_tensor(loss.call(target, output)).shape
+        specs = [tf.TensorSpec(part.shape, loss.dtype) for part in (target, output)]
+        return tf.function(loss.call).get_concrete_function(*specs).output_shapes
+    except Exception:  # whatever it is, the call itself raises it
+        return tf.TensorShape(None)
 
 
 class Range(NamedTuple):
@@ -61,63 +104,64 @@ class Range(NamedTuple):
         return f"`{self.name}` must be {kind}"
 
 
-def ranges(loss: Any, y: Any, y_pred: Any, names: Sequence[str] | None = None) -> Iterator[Range]:
-    """The range of each target of a cross-entropy, or of another loss of targets from 0 to 1.
+def wanted(loss: Any, target: Any, output: Any, path: tuple[Any, ...]) -> Range | None:
+    """The range of the targets of a cross-entropy, or of another loss of targets from 0 to 1; None of other losses.
 
     Args:
-        loss: As it was given to the trainer.
-        y: The targets.
-        y_pred: The outputs.
-        names: Those of the model's outputs, where it has names for them.
+        loss: A function or a `keras.Loss`.
+        target, output: What it compares.
+        path: The keys that lead to the target within y.
 
     Raises:
         ValueError: One-hot targets came to a loss of labels, or the reverse; or targets that have not the shape of the
             outputs, to a loss that compares both number by number.
     """
-    for path, function, target, output in pairs(loss, y, y_pred, names):
-        kind, _ = _kind(function)
-        if output.shape.rank is None or target.shape.rank is None:
-            continue
-        name = _named(path)
-        classes, of_one_shape = output.shape[-1], target.shape.rank == output.shape.rank
-        told = f"`{name}` of shape {target.shape} came, with outputs of shape {output.shape}"
-        if _is_pointwise(function) and not of_one_shape:
-            longer = max(target.shape, output.shape, key=len)
-            if abs(target.shape.rank - output.shape.rank) > 1 or longer[-1] not in (1, None):  # Keras leaves out a 1
-                raise ValueError(f"`loss` compares targets with outputs number by number; {told}. Give both one shape.")
-        if kind is None:
-            continue
-        if kind == "sparse" and of_one_shape and classes not in (None, 1) and target.shape[-1] == classes:
-            raise ValueError(
-                f"`loss` sparse_categorical_crossentropy takes labels, one whole number for each example; {told}: "
-                f"they look one-hot. Pass `loss='categorical_crossentropy'`, or `y.argmax(-1)`."
-            )
-        is_label = not of_one_shape or (target.shape[-1] == 1 and classes not in (None, 1))
-        if kind == "categorical" and is_label:
-            raise ValueError(
-                f"`loss` categorical_crossentropy takes one-hot targets; {told}: they look like labels. "
-                f"Pass `loss='sparse_categorical_crossentropy'`, or `keras.utils.to_categorical(y)`."
-            )
-        if kind == "sparse" and classes is not None:
-            yield Range(name, path, classes - 1, True, getattr(function, "ignore_class", None))
-        elif kind != "sparse":
-            yield Range(name, path, 1.0, False, None)
+    if not (isinstance(target, tf.Tensor) and isinstance(output, tf.Tensor)):
+        return None
+    if output.shape.rank is None or target.shape.rank is None:
+        return None
+    kind, _ = _kind(loss)
+    name = _named(path)
+    classes, of_one_shape = output.shape[-1], target.shape.rank == output.shape.rank
+    told = f"`{name}` of shape {target.shape} came, with outputs of shape {output.shape}"
+    if _is_pointwise(loss) and not of_one_shape:
+        longer = max(target.shape, output.shape, key=len)
+        if abs(target.shape.rank - output.shape.rank) > 1 or longer[-1] not in (1, None):  # Keras leaves out a 1
+            raise ValueError(f"`loss` compares targets with outputs number by number; {told}. Give both one shape.")
+    if kind is None:
+        return None
+    if kind == "sparse" and of_one_shape and classes not in (None, 1) and target.shape[-1] == classes:
+        raise ValueError(
+            f"`loss` sparse_categorical_crossentropy takes labels, one whole number for each example; {told}: "
+            f"they look one-hot. Pass `loss='categorical_crossentropy'`, or `y.argmax(-1)`."
+        )
+    is_label = not of_one_shape or (target.shape[-1] == 1 and classes not in (None, 1))
+    if kind == "categorical" and is_label:
+        raise ValueError(
+            f"`loss` categorical_crossentropy takes one-hot targets; {told}: they look like labels. "
+            f"Pass `loss='sparse_categorical_crossentropy'`, or `keras.utils.to_categorical(y)`."
+        )
+    if kind == "sparse":
+        is_known = classes is not None
+        return Range(name, path, classes - 1, True, getattr(loss, "ignore_class", None)) if is_known else None
+    return Range(name, path, 1.0, False, None)
 
 
-def fitted(guard: Guard, wanted: Range, y: Any) -> Any:
-    """Y with what is out of range set to 0, and reported: some devices would stop there, others compute NaN."""
-    if not wanted.path:
-        wrong = _out_of_range(wanted, y, tf)
-        guard.report(tf.reshape(tf.reduce_any(wrong), [1]), [f"{wanted}"])
-        return tf.where(wrong, tf.zeros_like(y), y)
-    key, *rest = wanted.path
-    inner = fitted(guard, wanted._replace(path=tuple(rest)), y[key])
-    if isinstance(y, dict):
-        filled = copy.copy(y)  # of its type, as Keras sorts the keys of a dict, and not those of an OrderedDict
-        filled[key] = inner
-        return filled
-    parts = [inner if index == key else part for index, part in enumerate(y)]
-    return type(y)(*parts) if hasattr(y, "_fields") else type(y)(parts)  # a namedtuple takes them one by one
+def target_kind(loss: Any) -> str | None:
+    """What a loss takes as targets: "sparse", "categorical" or "elementwise"; None where that is not known."""
+    kind, _ = _kind(loss)
+    if kind == "sparse":
+        return "sparse"
+    if kind in ("binary", None) and _is_pointwise(loss):
+        return "elementwise"
+    return "categorical" if kind in ("categorical", "part") else None
+
+
+def fitted(guard: Guard, wanted: Range, target: tf.Tensor) -> tf.Tensor:
+    """The target with what is out of range set to 0, and reported: some devices would stop there, others get NaN."""
+    wrong = _out_of_range(wanted, target, tf)
+    guard.report(tf.reshape(tf.reduce_any(wrong), [1]), [f"{wanted}"])
+    return tf.where(wrong, tf.zeros_like(target), target)
 
 
 def check_array(wanted: Range, y: Any, of: str) -> None:
@@ -163,28 +207,45 @@ def _of(name: str) -> str:
     return "" if name == "x" else f" of `{name}`"
 
 
-def doubts(loss: Any, y: Any, y_pred: Any, names: Sequence[str] | None = None) -> Iterator[str]:
-    """What outputs do not seem to be, by the operation that made them: nothing where that tells nothing."""
-    for path, function, target, output in pairs(loss, y, y_pred, names):
-        kind, from_logits = _kind(function)
-        if _is_pointwise(function) and _is_repeated(target.shape, output.shape):
-            yield (
-                f"`{_named(path)}` of shape {target.shape} came, with outputs of shape {output.shape}: the loss "
-                f"takes one number for several. Give both one shape."
-            )
-        if kind not in _CROSS_ENTROPIES:
-            continue
-        made_by = _made_by(output)
-        if from_logits and made_by in _PROBABILITIES:
-            yield (
-                f"`loss` has from_logits=True, and the outputs are probabilities (by {made_by}): pass "
-                f"from_logits=False, or take the {made_by.lower()} out of the model."
-            )
-        if not from_logits and _are_logits(output):
-            yield (
-                f"`loss` takes probabilities, and the outputs are none (by {made_by}): pass from_logits=True, or let "
-                f"the model end with a softmax or sigmoid."
-            )
+def doubts(loss: Any, target: Any, output: Any, path: tuple[Any, ...]) -> Iterator[str]:
+    """What outputs do not seem to be, by the operation that made them: nothing where that says nothing."""
+    if not (isinstance(target, tf.Tensor) and isinstance(output, tf.Tensor)):
+        return
+    kind, from_logits = _kind(loss)
+    if _is_pointwise(loss) and _is_repeated(target.shape, output.shape):
+        yield (
+            f"`{_named(path)}` of shape {target.shape} came, with outputs of shape {output.shape}: the loss "
+            f"takes one number for several. Give both one shape."
+        )
+    if kind not in _CROSS_ENTROPIES:
+        return
+    made_by = _made_by(output)
+    if from_logits and made_by in _PROBABILITIES:
+        yield (
+            f"`loss` has from_logits=True, and the outputs are probabilities (by {made_by}): pass "
+            f"from_logits=False, or take the {made_by.lower()} out of the model."
+        )
+    if not from_logits and _are_logits(output):
+        yield (
+            f"`loss` expects probabilities, but the model outputs logits (its last operation is {made_by}): pass "
+            f"from_logits=True, or end the model with a softmax or sigmoid."
+        )
+
+
+def takes_logits(loss: Any) -> bool:
+    """Whether it is a cross-entropy of Keras's that takes logits."""
+    kind, from_logits = _kind(loss)
+    return kind in _CROSS_ENTROPIES and from_logits
+
+
+def expects_probabilities(metric: Any) -> bool:
+    """Whether a metric of Keras's reads outputs as probabilities, by a threshold between 0 and 1 or a logarithm."""
+    if isinstance(metric, _CROSS_ENTROPY_METRICS):
+        return not metric.from_logits
+    if isinstance(metric, keras.metrics.AUC) and metric.get_config()["from_logits"]:
+        return False
+    thresholds = [getattr(metric, name, None) for name in ("threshold", "thresholds")]
+    return any(0 < float(value) < 1 for value in np.ravel([t for t in keras.tree.flatten(thresholds) if t is not None]))
 
 
 def _named(path: tuple[Any, ...]) -> str:

@@ -8,7 +8,7 @@ import functools
 import inspect
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -16,15 +16,18 @@ import tensorflow as tf
 
 from looplab import checks, plausible
 from looplab.guard import NO_ROWS, Guard
-from looplab.loop import StepLogs, examples
-from looplab.losses import Ledger, listening
-from looplab.metrics import BatchMetrics
+from looplab.loop import Meaning, StepLogs
+from looplab.losses import Ledger
+from looplab.losses import listening as listening_to_layers
+from looplab.metrics import BatchMetrics, Named, watching
 from looplab.state import settings
-from looplab.tracking import Tracked
+from looplab.tracking import Tracked, plain
 from looplab.warn import warn
+from looplab.weights import ClassWeights, align, examples
 
 LEARNING_RATE = "learning_rate"
 LOSS_PART = "loss/"
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 
 
 class Steps(Tracked):
@@ -46,14 +49,19 @@ class Steps(Tracked):
             self._compiled.output_names = model.output_names
         self._compiled.compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
         self.optimizer = self._compiled.optimizer
+        if any(map(self._of_model, _STEPS)) and not model.compiled:  # its own steps use what it is compiled with
+            model.compile(optimizer=self.optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
         self._loss = loss
         self._loss_weights = loss_weights
+        self._metrics = metrics
         # What they are at first: a callback may change a rate.
         self._made_with = {"optimizer": settings(self.optimizer), "loss": settings(loss)}
         self.seed = random.randint(1, 10**9) if seed is None else seed
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         self.strategy = tf.distribute.get_strategy()
-        self._found: list[tf.Variable] = []  # what a step was seen to train, and no attribute leads to
+        # What steps were seen to use, and no attribute leads to.
+        self._found: dict[str, list[Any]] = {"variables": [], "metrics": [], "optimizers": []}
+        self._class_weights: ClassWeights | None = None
         self._minimized: list[_Minimized] = []
         self._batch_metrics = BatchMetrics()
         self._guard = Guard()
@@ -65,16 +73,19 @@ class Steps(Tracked):
         self._now = _Now()
 
     def train_step(self, batch: Any) -> dict[str, Any]:
-        """Learns from one batch.
+        """Learns from one batch: by the model's own `train_step`, if its class has one.
 
         Args:
             batch: x, (x, y) or (x, y, sample_weight), as tensors.
 
         Returns:
-            This batch's values: scalars by name. An epoch's value is the result of the metric of that name, where a
-            metric of that name was updated, else the mean over the batches, weighed by their size.
+            This batch's values: scalars by name, also in dicts. The epoch's value of a metric's result, or of an entry
+            of it, is that metric's result over the epoch, under whatever name; of any other value it is the mean over
+            the batches, weighted by their number of examples.
         """
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if own := self._of_model("train_step"):
+            return own(batch)
+        x, y, sample_weight = checks.parts(batch)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
             loss = self.compute_loss(x, y, y_pred, sample_weight)
@@ -83,14 +94,18 @@ class Steps(Tracked):
 
     def test_step(self, batch: Any) -> dict[str, Any]:
         """Measures one batch: as `train_step`, without learning."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if own := self._of_model("test_step"):
+            return own(batch)
+        x, y, sample_weight = checks.parts(batch)
         y_pred = self(x, training=False)
         loss = self.compute_loss(x, y, y_pred, sample_weight)
         return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
 
     def predict_step(self, batch: Any) -> Any:
         """The outputs for one batch: a tensor, or a structure of them, with the examples first."""
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        if own := self._of_model("predict_step"):
+            return own(batch)
+        x, _, _ = checks.parts(batch)
         return self(x, training=False)
 
     def __call__(self, x: Any, training: bool = False) -> Any:
@@ -98,11 +113,8 @@ class Steps(Tracked):
         if self.model is None:
             raise ValueError(f"`{type(self).__name__}` was made without `model`: override the steps that call it.")
         takes_training = isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters
-        checks.strings(x, self.model)
-        try:
-            return self.model(x, training=training) if takes_training else self.model(x)
-        except ValueError as error:
-            raise checks.misfit(x, error) from error
+        checks.inputs(x, self.model)
+        return self.model(x, training=training) if takes_training else self.model(x)
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
         """The loss of a batch, a scalar: `loss` of the targets, and all that the model calls before added to it.
@@ -110,17 +122,17 @@ class Steps(Tracked):
         Each part is written as `batch_loss/<part>`: the loss function's name, the path of each layer that called
         `add_loss` (with `_2` for its second call in this step), and `regularization`.
         """
+        if own := self._of_model("compute_loss"):
+            return own(x, y, y_pred, sample_weight)
         losses = self._now.ledger.take(self.trainable_variables)
         if self._loss is not None:
             checks.targets(y, self._loss)
-            names = getattr(self._compiled, "output_names", None)
-            self._target_ranges = list(plausible.ranges(self._loss, y, y_pred, names))
-            for wanted in self._target_ranges:
-                y = plausible.fitted(self._guard, wanted, y)
-            for doubt in plausible.doubts(self._loss, y, y_pred, names):
-                self._doubts.setdefault(doubt, False)
+            self._target_ranges, self._now.logits = [], []
+            given = {"loss": self._loss, "y": y, "sample_weight": sample_weight, "loss_weights": self._loss_weights}
+            with checks.structures(y_pred, **given), plausible.inspected(functools.partial(self._inspect, y)):
+                total = self._compiled.compute_loss(x, y, y_pred, sample_weight)
             # Keras divides a loss by the number of replicas, `minimize` does here: for losses of every origin.
-            total = self._compiled.compute_loss(x, y, y_pred, sample_weight) * self.strategy.num_replicas_in_sync
+            total *= self.strategy.num_replicas_in_sync
             for name, value in self._target_losses(total).items():
                 self._now.ledger.add(name, value)
                 unweighed = self._loss_weights is None and sample_weight is None
@@ -134,11 +146,24 @@ class Steps(Tracked):
         return functools.reduce(tf.add, losses)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """Updates the running state of `metrics`, and returns their values for this batch alone, by name."""
-        values = self._compiled.compute_metrics(x, y, y_pred, sample_weight)
-        checks.metric_names(self._compiled.metrics)
-        del values["loss"]  # Keras's own running mean, which nothing updates here
-        return values
+        """Updates the running state of `metrics`, and returns their values for this batch alone, by name.
+
+        As in `keras.Model`, `metrics` do not see `sample_weight`. With several outputs, the loss of each is among the
+        values.
+        """
+        if own := self._of_model("compute_metrics"):
+            return own(x, y, y_pred, sample_weight)
+        by_output = self._output_losses()
+        metrics = [metric for metric in self._compiled.metrics[1:] if metric not in by_output]  # the first is the loss
+        with checks.structures(y_pred, y=y, metrics=self._metrics):
+            for metric in metrics:
+                metric.update_state(y, y_pred, sample_weight)
+        for metric in metrics:
+            self._doubt_metrics(getattr(metric, "metrics", [metric]))
+        results = ((metric.name, metric.result()) for metric in (*metrics, *by_output))
+        named = [one for name, result in results for one in self._batch_metrics.named(name, result)]
+        checks.unique("compute_metrics", [Named("loss", None, "the loss"), *named])
+        return {one.name: one.value for one in named}
 
     def minimize(
         self, tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any] | None = None, optimizer: Any = None
@@ -148,33 +173,47 @@ class Steps(Tracked):
         Args:
             tape: The tape under which `loss` was computed.
             loss: A floating scalar: the mean over this replica's examples.
-            variables: What to train. By default `trainable_variables`, and any trainable `tf.Variable` that the
-                tape saw beyond those.
+            variables: What to train, as a flat list. By default `trainable_variables`, and any trainable
+                `tf.Variable` that the tape saw beyond those.
             optimizer: A Keras optimizer, by default the trainer's.
 
         Returns:
-            The gradients in the order of `variables`, None where the loss does not depend on one.
+            The gradients of `loss` in the order of `variables`, without any loss scale; None where the loss does not
+            depend on one.
 
         Raises:
             ValueError: No optimizer, a loss that is not one floating number, or no gradient at all.
         """
         loss = checks.loss(loss)
         optimizer = self.optimizer if optimizer is None else optimizer
-        variables = self._watched(tape) if variables is None else list(variables)
+        is_default = variables is None
+        variables = self._watched(tape) if variables is None else checks.variables(variables)
         if not variables:
             warn(f"{type(self).__name__} has nothing to train: no trainable variables.")
             return []
         if optimizer is None:
             raise ValueError("There is no optimizer: pass `optimizer` to the trainer or to `minimize`.")
+        checks.new_variables(optimizer, variables)
         # As the gradient of the scaled loss, without the loss itself being scaled for whoever looks at it.
-        scale = optimizer.scale_loss(tf.ones_like(loss) / self.strategy.num_replicas_in_sync)
+        one = tf.ones_like(loss) / self.strategy.num_replicas_in_sync
+        scale = optimizer.scale_loss(one)
         gradients = tape.gradient(loss, variables, output_gradients=scale)
         checks.gradients(gradients, variables)
+        if is_default:
+            self._doubt_bare_variables(variables, gradients)
         self._guard.apply(optimizer, gradients, variables, loss, self._now.rows)
         self._now.guarded = True
+        self._adopt("optimizers", [optimizer])
+        self._adopt("variables", variables)
         self._minimized = [known for known in self._minimized if known.optimizer is not optimizer]
         self._minimized.append(_Minimized(optimizer, variables))
-        return gradients
+        if scale is one and self.strategy.num_replicas_in_sync == 1:
+            return gradients
+        return [gradient if gradient is None else _divided(gradient, scale) for gradient in gradients]
+
+    def running_result(self, metric: keras.Metric) -> Any:
+        """Within a step: the metric's result over the epoch so far, where `metric.result()` is that of this batch."""
+        return self._batch_metrics.running(metric)
 
     @property
     def losses(self) -> list[tf.Tensor]:
@@ -183,10 +222,21 @@ class Steps(Tracked):
 
     # Within.
 
+    def _of_model(self, name: str) -> Callable[..., Any] | None:
+        """The model's own method of this name, where its class overrides that of `keras.Model`."""
+        is_own = isinstance(self.model, keras.Model) and getattr(type(self.model), name) is not getattr(
+            keras.Model, name
+        )
+        return getattr(self.model, name) if is_own else None
+
+    def _compile(self) -> None:
+        """Forgets how losses and metrics met the outputs of an earlier trace."""
+        self._compiled.compile(loss=self._loss, loss_weights=self._loss_weights, metrics=self._metrics)
+
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
         """Within it, steps can run or be traced: added losses and metrics' updates are seen."""
-        with listening(), self._batch_metrics.watching(self.metrics):
+        with listening_to_layers, plausible.listening, watching:
             yield
 
     def _run_step(self, kind: str, step: Callable[[Any], Any], batch: Any, number: tf.Tensor) -> StepLogs:
@@ -194,25 +244,87 @@ class Steps(Tracked):
         now = self._now
         rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
         with now.open(self._image_every[kind]), now.ledger.open(self.trainable_variables):
-            with self._batch_metrics.open(kind):
+            with self._batch_metrics.open(kind, self.metrics):
                 self._guard.open()
+                weight = examples(batch, self._guard.report)
                 if self.strategy.num_replicas_in_sync == 1:  # of several, one may have none of a last batch
-                    now.rows = examples(batch)
-                logs = checks.step_logs(f"{kind}_step", step(batch))
+                    now.rows = weight
+                if kind == "train" and self._class_weights is not None:
+                    batch = self._class_weights.weigh(batch, plausible.target_kind(self._loss), self._guard.report)
+                returned = checks.step_logs(f"{kind}_step", step(batch))
+                named = [
+                    one
+                    for name, value in returned.items()
+                    for one in self._batch_metrics.named(name, value, f"returned by `{kind}_step`")
+                ]
+                named += [Named(name, value, "`self.log`") for name, value in now.scalars.items()]
+                named += self._batch_metrics.not_returned()
                 parts = {f"{LOSS_PART}{name}": part for name, part in now.ledger.all().items()}
-                told: dict[str, tf.Tensor] = {}
-                for source in (logs, now.scalars, self._batch_metrics.unasked(), parts):
-                    for name, value in source.items():
-                        if name in told:
-                            raise ValueError(f"`{kind}_step` told two values named '{name}'. Give one another name.")
-                        told[name] = value
+                named += [Named(name, value, "a part of the loss") for name, value in parts.items()]
+                checks.unique(f"{kind}_step", named)
+                values = {n: checks.scalar(f"`{kind}_step` returned", n, value) for n, value, *_ in named}
+                self._adopt("metrics", self._batch_metrics.updated[kind])
                 changed = self._guard.changed_otherwise(self.trainable_variables) if kind == "train" else []
                 if changed:
-                    losses = {name: value for name, value in told.items() if "loss" in name and value.dtype.is_floating}
+                    losses = {n: value for n, value in values.items() if "loss" in n and value.dtype.is_floating}
                     self._guard.report_applied(losses, changed)
                 if not now.guarded:
                     self._guard.report(tf.reshape(tf.equal(now.rows, 0), [1]), [NO_ROWS])
-                return StepLogs({**rates, **told}, now.images, self._guard.fault())
+                sources = {one.name: one.source for one in named if one.source is not None}
+                by_output = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
+                sources = {n: source for n, source in sources.items() if source.metric not in by_output}
+                meaning = Meaning(sources, frozenset(rates), frozenset(parts))
+                return StepLogs({**rates, **values}, now.images, self._guard.fault(), weight, meaning)
+
+    def _inspect(self, y: Any, loss: Any, target: Any, output: Any, weight: Any) -> tuple[Any, Any]:
+        """Looks whether a loss, its target, output and weight go together; the target and weight that the loss gets."""
+        path = next((tuple(path) for path, leaf in keras.tree.flatten_with_path(y) if leaf is target), ())
+        for doubt in plausible.doubts(loss, target, output, path):
+            self._doubts.setdefault(doubt, False)
+        if plausible.takes_logits(loss):
+            self._now.logits.append(output)
+        if isinstance(target, tf.Tensor) and target.shape.rank and output.shape.rank and output.shape[0] is not None:
+            # A batch of unknown size, and outputs of a known one: as of a model whose state has a size of its own.
+            differ = tf.not_equal(tf.shape(target)[0], output.shape[0])
+            self._guard.report(tf.reshape(differ, [1]), [_row_mismatch(output.shape, "as many as y has")])
+        if weight is not None:
+            name = getattr(loss, "name", "")
+            shape = plausible.values_shape(loss, target, output)
+            weight = align("sample_weight", weight, shape, f"the values of `loss` {name} of y of shape {target.shape}")
+        wanted = plausible.wanted(loss, target, output, path)
+        if wanted is not None:
+            self._target_ranges.append(wanted)
+            target = plausible.fitted(self._guard, wanted, target)
+        return target, weight
+
+    def _doubt_metrics(self, metrics: Sequence[keras.Metric]) -> None:
+        """Warns of metrics of probabilities, where the loss says that the outputs are logits."""
+        for metric in metrics if self._now.logits else ():
+            if plausible.expects_probabilities(metric):
+                self._doubts.setdefault(
+                    f"Metric '{metric.name}' expects probabilities, but the model outputs logits (`loss` has "
+                    f"from_logits=True): pass a metric with from_logits=True or a threshold of 0.0, or end the model "
+                    f"with a sigmoid or softmax.",
+                    False,
+                )
+
+    def _doubt_bare_variables(self, variables: Sequence[Any], gradients: Sequence[Any]) -> None:
+        """Warns of variables that this trains and Keras would not."""
+        bare = {id(held.thing): held.path for held in self._walk() if held.is_bare}
+        pairs = zip(variables, gradients, strict=True)
+        names = [bare[id(v)] for v, gradient in pairs if gradient is not None and id(v) in bare]
+        if names:
+            self._doubts.setdefault(
+                f"looplab trains {', '.join(names)}, which Keras 3 would not: a `tf.Variable` that is an attribute and "
+                f"receives a gradient. To keep one constant, create it with trainable=False.",
+                False,
+            )
+
+    def _adopt(self, kind: str, things: Iterable[Any]) -> None:
+        """Keeps what a step uses among what the trainer holds, if nothing leads to it yet."""
+        held = {"optimizers": self.optimizers.values(), "metrics": self.metrics, "variables": self._held_state()}[kind]
+        known = {id(part) for thing in held for part in (thing, plain(thing))}
+        self._found[kind] += [thing for thing in things if id(plain(thing)) not in known]
 
     def _check_arrays(self, name: str, arrays: Any) -> None:
         """Looks for what a loss cannot learn from.
@@ -239,10 +351,22 @@ class Steps(Tracked):
                 self._doubts[doubt] = True
                 warn(doubt)
 
-    def _predict(self, batch: Any) -> Any:
+    def _predict(self, step: Callable[[Any], Any], batch: Any) -> Any:
         """Runs the prediction step on one replica; what it logs is forgotten."""
         with self._now.open({}):
-            return self.predict_step(batch)
+            return step(batch)
+
+    def _check_rows(self, batch: Any, outputs: Any) -> None:
+        """The default prediction step gives one row for each example.
+
+        Raises:
+            ValueError: It gives another number of rows, such as where a model's state broadcasts against a short batch.
+        """
+        if type(self).predict_step is Steps.predict_step and self.strategy.num_replicas_in_sync == 1:
+            expected = int(examples(checks.parts(batch)[0]))
+            for output in tf.nest.flatten(outputs):
+                if output.shape[:1] != (expected,):
+                    raise ValueError(f"`predict`: {_row_mismatch(output.shape, expected)}.")
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:
         """The trainer's `optimizer` under `learning_rate`, any other under `learning_rate/<path>`."""
@@ -267,10 +391,23 @@ class Steps(Tracked):
         return [m for m in self._compiled.metrics if isinstance(m, keras.metrics.Mean) and m.name.endswith("_loss")]
 
     def _watched(self, tape: tf.GradientTape) -> list[Any]:
-        """`trainable_variables`, and what else the tape saw that no attribute led to: it is kept from then on."""
-        known = {id(v.value if isinstance(v, keras.Variable) else v) for v in self.weights}
-        self._found += [v for v in tape.watched_variables() if id(v) not in known]
+        """`trainable_variables`, and what else the tape saw that nothing leads to: it is kept from then on."""
+        self._adopt("variables", tape.watched_variables())
         return self.trainable_variables
+
+
+def _row_mismatch(shape: Any, expected: Any) -> str:
+    return (
+        f"the model returns {shape[0] if len(shape) else 'no'} rows for a batch of {expected}: a stateful model needs "
+        f"batches of one size, such as with `drop_remainder=True`"
+    )
+
+
+def _divided(gradient: Any, scale: tf.Tensor) -> Any:
+    scale = tf.cast(scale, gradient.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values / scale, gradient.indices, gradient.dense_shape)
+    return gradient / scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +425,8 @@ class _Now(threading.local):
         self.running = False
         self.guarded = False
         self.rows: tf.Tensor | int = 1
+        self.logits: list[Any] = []
+        self.graph: Any = None
         self.ledger = Ledger()
         self.scalars: dict[str, tf.Tensor] = {}
         self.images: dict[str, tf.Tensor] = {}
@@ -297,7 +436,8 @@ class _Now(threading.local):
     def open(self, image_every: dict[str, int]) -> Iterator[None]:
         """Within it runs a step; of the images that it logs, `image_every` is told how often each is due."""
         self.running, self.scalars, self.images, self.image_every = True, {}, {}, image_every
-        self.guarded, self.rows = False, 1
+        self.guarded, self.rows, self.logits = False, 1, []
+        self.graph = tf.compat.v1.get_default_graph()
         try:
             yield
         finally:

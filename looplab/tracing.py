@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from looplab import data
+from looplab.errors import raise_own
+from looplab.graphs import Copies, trace
 from looplab.log import Logs
 from looplab.loop import Loop
 from looplab.randomness import random_operations
-from looplab.tracking import is_trainable, of_each_replica
+from looplab.tracking import of_each_replica, plain
 from looplab.warn import warn
 
 
 @dataclasses.dataclass(frozen=True)
 class _Traced:
-    """A trace, and what it holds fast."""
+    """A trace, and what it depends on."""
 
     key: Any
     element_spec: Any
     call: Any
-    trained: list[Any]
+    depends_on: list[Any]
 
 
 class Traces(Logs):
@@ -36,16 +40,17 @@ class Traces(Logs):
         self.jit_compile = jit_compile
         self.run_eagerly = run_eagerly
         self._traced: list[_Traced] = []
+        self._tracing = threading.RLock()
         self._signatures: dict[str, list[Any]] = {"train": [], "test": [], "predict": []}
         self._stray_variables: _Hidden = _Hidden({"train": [], "test": []})
         self._stop = _Hidden(tf.Variable(False, trainable=False, name="stop"))
 
     def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
         """The loop of a kind of step, "train" or "test", for data of this signature; all variables are made then."""
+        learns = kind == "train"
 
         def make() -> Loop:
-            step = functools.partial(self._run_step, kind, {"train": self.train_step, "test": self.test_step}[kind])
-            learns = kind == "train"
+            step = functools.partial(self._run_step, kind, self._step_function(kind))
             metrics, loop = None, None
             kept: list[Any] = []
             strays: list[Any] = []
@@ -65,38 +70,71 @@ class Traces(Logs):
                         self._stop.value,
                         self.jit_compile,
                         eagerly,
+                        read_only=not learns,
                     )
                 kept.extend(loop.unkept)
                 if not eagerly:
                     self._find_strays(kind, loop)
             return loop
 
-        return self._traced_once(kind, (self.jit_compile, eagerly), element_spec, make)
+        class_weights = self._class_weights if learns else None
+        return self._traced_once(kind, (self.jit_compile, eagerly, class_weights), element_spec, make)
 
-    def _predictor(self, element_spec: Any) -> Callable[[Any], Any]:
+    def _predictor(self, element_spec: Any) -> Predictor:
         """The prediction step for data of this signature, traced, so that all variables are made."""
+        predict = self._step_function("predict")
 
         def one_batch(batch):
-            return self.strategy.run(self._predict, (batch,))
+            return self.strategy.run(functools.partial(self._predict, predict), (batch,))
 
-        def make() -> Callable[[Any], Any]:
+        def make() -> Predictor:
             if self.run_eagerly:
-                return one_batch
-            return tf.function(one_batch, jit_compile=self.jit_compile or None).get_concrete_function(element_spec)
+                return Predictor(one_batch, Copies())
+            function = trace(one_batch, element_spec, jit_compile=self.jit_compile)
+            return Predictor(function, Copies(function))
 
         return self._traced_once("predict", (self.jit_compile, self.run_eagerly), element_spec, make)
 
+    def _step_function(self, kind: str) -> Callable[[Any], Any]:
+        """The method of a kind of step; of a `tf.function`, the Python function, because looplab traces it itself."""
+        step = getattr(self, f"{kind}_step")
+        if isinstance(step, tf.types.experimental.PolymorphicFunction):
+            function = step.python_function
+            return function if inspect.ismethod(function) else functools.partial(function, self)
+        return step
+
     def _traced_once(self, kind: str, options: Any, element_spec: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns: made anew for other options or data, or when what it holds fast was exchanged."""
-        trained = [*map(id, self._trained())]
-        self._traced = [known for known in self._traced if [*map(id, known.trained)] == trained]
-        for known in self._traced:
-            if known.key == (kind, options) and known.element_spec == element_spec:
-                return known.call
-        self._warn_of_retraces(kind, element_spec)
-        call = make()
-        self._traced.append(_Traced((kind, options), element_spec, call, self._trained()))
-        return call
+        """What `make` returns: made anew for other options or data, or when what it depends on has changed."""
+        with self._tracing:
+            depends_on = self._dependencies()
+            self._traced = [known for known in self._traced if _same(known.depends_on, depends_on)]
+            for known in self._traced:
+                if known.key == (kind, options) and known.element_spec == element_spec:
+                    return known.call
+            self._warn_of_retraces(kind, element_spec)
+            is_first = not self._traced
+            try:
+                call = make()
+            except Exception as error:
+                if is_first:
+                    self._compile()  # how losses and metrics meet outputs is decided anew by the next trace
+                raise_own(error)
+                raise
+            self._traced.append(_Traced((kind, options), element_spec, call, self._dependencies()))
+            return call
+
+    def _dependencies(self) -> list[Any]:
+        """All that a user may exchange or set between two calls of `fit`, and a trace holds fast."""
+        found: list[Any] = [self.model, self._loss]
+        for held in self._walk():
+            found.append(held.thing)
+            if isinstance(held.thing, keras.Layer):
+                for layer in held.thing._flatten_layers():
+                    found += [layer, layer.trainable]
+            elif isinstance(held.thing, (tf.Variable, keras.Variable)):
+                found.append(held.thing.trainable)
+        found += [value for value in vars(self).values() if isinstance(value, keras.Loss)]
+        return [*found, *self.trainable_variables]
 
     def _find_strays(self, kind: str, loop: Loop) -> None:
         """Finds what a step changes and the trainer does not hold.
@@ -108,10 +146,8 @@ class Traces(Logs):
             return  # there the graph has other variables, the replicas' own
         optimized = [variable for optimizer in self.optimizers.values() for variable in optimizer.variables]
         held = (*self._held_state(), *optimized, *self._guard.variables, *self._batch_metrics.variables)
-        known = {id(_value(variable)) for variable in held}
-        self._stray_variables.value[kind] = [
-            variable for variable in loop.variables if not is_trainable(variable) and id(variable) not in known
-        ]
+        known = {id(plain(variable)) for variable in held}
+        self._stray_variables.value[kind] = [variable for variable in loop.written if id(variable) not in known]
         if kind == "train" and self.log_dir is not None and loop.graph is not None:
             found = random_operations(loop.graph)
             if found:
@@ -138,15 +174,11 @@ class Traces(Logs):
                 f"it, and `padded_batch` brings rows of several lengths to one."
             )
 
-    def _trained(self) -> list[Any]:
-        """What a trace holds fast, and a user may exchange between two calls of `fit`."""
-        return [*self.trainable_variables, *self.optimizers.values()]
-
     def _changeable(self) -> list[Any]:
         """Each variable that a training step may change; of several replicas, each one's."""
         whole = [*self._state(), *(v for optimizer in self.optimizers.values() for v in optimizer.variables)]
-        parts = [part for variable in whole for part in getattr(_value(variable), "values", [variable])]
-        return list({id(_value(part)): part for part in parts}.values())
+        parts = [part for variable in whole for part in getattr(plain(variable), "values", [variable])]
+        return list({id(plain(part)): part for part in parts}.values())
 
     def _untrained(self) -> list[Any]:
         """Each variable that no optimizer changes: metrics, seeds, moving means; of several replicas, each one's."""
@@ -155,13 +187,19 @@ class Traces(Logs):
         return [part for variable in whole for part in of_each_replica(variable).values()]
 
 
+class Predictor(NamedTuple):
+    """The prediction step for data of one signature."""
+
+    call: Callable[[Any], Any]
+    copies: Copies
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Hidden:
     """Keeps what an attribute leads to from being found as the trainer's own."""
 
     value: Any
-
-
-def _value(variable: Any) -> tf.Variable:
-    """The TensorFlow variable that a Keras variable is."""
-    return variable.value if isinstance(variable, keras.Variable) else variable

@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import itertools
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 _VARIABLES = (keras.Variable, tf.Variable)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.generic, tf.Tensor, types.ModuleType, type)
+_LIBRARIES = ("tensorflow", "keras", "numpy", "tensorboard", "tqdm")
+_MOST = 10_000  # members of a container that is searched: what is longer is data
 _LEAVES = (keras.Layer, keras.Optimizer, keras.Metric, keras.random.SeedGenerator, *_VARIABLES)
 
 
@@ -29,6 +33,8 @@ class Held(NamedTuple):
     """A Keras layer, optimizer, metric, variable or seed generator, or a `tf.Variable`."""
     trainable: bool
     """For a variable: whether gradients may change it, and no layer that holds it is frozen."""
+    is_bare: bool = False
+    """For a `tf.Variable`: whether it is the trainer's or a Keras layer's own, which Keras would not train."""
 
 
 def is_trainable(variable: Any) -> bool:
@@ -40,24 +46,27 @@ def is_trainable(variable: Any) -> bool:
 def walk(attributes: dict[str, Any]) -> Iterator[Held]:
     """Each thing with state below `attributes`, once, in the order of the attributes.
 
-    Goes into lists, tuples, dicts, `tf.Module`s, and functions (what they close over, and the globals that they
-    name). A Keras layer or model is one thing, and Keras knows its inside; but the `tf.Variable`s among the attributes
-    of a layer, which Keras does not see, are told beside it.
+    Goes into lists, tuples, dicts, `tf.Module`s, objects of users' classes, and functions (what they close over, and
+    the globals that they name). A Keras layer or model is one thing, and Keras knows its inside; but the `tf.Variable`s
+    among the attributes of a layer, which Keras does not see, are found beside it.
     """
     seen: set[int] = set()
 
-    def visit(path: str, value: Any) -> Iterator[Held]:
+    def visit(path: str, value: Any, is_own: bool) -> Iterator[Held]:
         if id(value) in seen:
             return
         seen.add(id(value))
         if isinstance(value, _LEAVES):
-            yield Held(path, value, isinstance(value, _VARIABLES) and is_trainable(value))
+            is_variable = isinstance(value, _VARIABLES)
+            is_bare = is_own and is_variable and not isinstance(value, keras.Variable)
+            yield Held(path, value, is_variable and is_trainable(value), is_bare)
             if isinstance(value, keras.Layer):
                 for index, layer in enumerate(value._flatten_layers()):
                     yield from unseen_by_keras(f"{path}/{index}", layer, layer)
             return
+        is_own = is_own and isinstance(value, (dict, list, tuple))
         for name, inner in _members(value):
-            yield from visit(f"{path}/{name}", inner)
+            yield from visit(f"{path}/{name}", inner, is_own)
 
     def unseen_by_keras(path: str, layer: keras.Layer, value: Any) -> Iterator[Held]:
         for name, inner in vars(value).items() if value is layer else _members(value):
@@ -68,39 +77,66 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
             if is_container:
                 yield from unseen_by_keras(f"{path}/{name}", layer, inner)
             else:
-                yield Held(f"{path}/{name}", inner, is_trainable(inner) and layer.trainable)
+                yield Held(f"{path}/{name}", inner, is_trainable(inner) and layer.trainable, True)
 
     for name, value in attributes.items():
-        yield from visit(name, value)
+        yield from visit(name, value, True)
 
 
 def _members(value: Any) -> list[tuple[str, Any]]:
-    """What a container, module, function or callable object holds, by name; nothing for anything else."""
+    """What a container, module, function or object holds, by name; without what can hold nothing."""
+    if isinstance(value, (dict, list, tuple)) and len(value) > _MOST:
+        return []
     if isinstance(value, dict):
-        return [(str(key), inner) for key, inner in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [(str(index), inner) for index, inner in enumerate(value)]
-    if isinstance(value, tf.Module):
-        return [(name, inner) for name, inner in vars(value).items() if not name.startswith("_tf_")]
-    if isinstance(value, functools.partial):
-        return [("function", value.func), *_members(value.args), *_members(value.keywords)]
-    if isinstance(value, tf.types.experimental.PolymorphicFunction):
-        return [("function", value.python_function)]
-    if inspect.ismethod(value):
-        return [*_attributes(value.__self__), ("function", value.__func__)]
-    if inspect.isfunction(value):
-        # By the instructions, because a function's `co_names` has the names of attributes too.
-        names = {i.argval for i in dis.get_instructions(value) if i.opname == "LOAD_GLOBAL"}
-        used = {name: value.__globals__[name] for name in sorted(names & value.__globals__.keys())}
-        return [*inspect.getclosurevars(value).nonlocals.items(), *used.items()]
-    return _attributes(value) if callable(value) else []
+        members = [(str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, (list, tuple)):
+        members = [(str(index), inner) for index, inner in enumerate(value)]
+    elif isinstance(value, tf.Module):
+        members = [(name, inner) for name, inner in vars(value).items() if not name.startswith("_tf_")]
+    elif isinstance(value, functools.partial):
+        members = [("function", value.func), *_members(value.args), *_members(value.keywords)]
+    elif isinstance(value, tf.types.experimental.PolymorphicFunction):
+        members = [("function", value.python_function)]
+    elif inspect.ismethod(value):
+        members = [*_attributes(value.__self__), ("function", value.__func__)]
+    elif inspect.isfunction(value):
+        members = [] if _is_library(value) else _used(value)
+    else:
+        members = _attributes(value)
+    return [(name, inner) for name, inner in members if not isinstance(inner, _PLAIN)]
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object of a user's class."""
     if isinstance(value, (type, types.ModuleType, Tracked)) or not hasattr(value, "__dict__"):
         return []
-    return list(vars(value).items())
+    is_users = isinstance(value, types.SimpleNamespace) or not _is_library(type(value))
+    return list(vars(value).items()) if is_users else []
+
+
+def _used(function: Any) -> list[tuple[str, Any]]:
+    """What a function closes over, and the globals that it names."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    closed = []
+    for name, cell in cells:
+        with contextlib.suppress(ValueError):  # it is empty as yet
+            closed.append((name, cell.cell_contents))
+    used = [(n, function.__globals__[n]) for n in _global_names(function.__code__) if n in function.__globals__]
+    return closed + used
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> list[str]:
+    """By the instructions, because `co_names` has the names of attributes too; of inner functions as well."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return sorted(names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))))
+
+
+def _is_library(value: Any) -> bool:
+    """Whether a function or class is of a library that holds no model of the user's."""
+    module = getattr(value, "__module__", None) or ""
+    root = module.partition(".")[0]
+    return root in sys.stdlib_module_names or root in _LIBRARIES or module.rpartition(".")[0] == "looplab"
 
 
 class Tracked:
@@ -176,7 +212,13 @@ class Tracked:
                 held.thing.summary(**options)
 
     def _walk(self) -> Iterator[Held]:
-        return walk(vars(self))
+        """What the attributes lead to, and what the methods of subclasses use."""
+        methods: dict[str, Any] = {}
+        for kind in type(self).__mro__:
+            if not _is_library(kind):
+                own = {n: getattr(m, "python_function", m) for n, m in vars(kind).items()}
+                methods = {n: m for n, m in own.items() if inspect.isfunction(m)} | methods
+        return walk(vars(self) | {name: method for name, method in methods.items() if name not in vars(self)})
 
     def _all_state(self) -> dict[str, Any]:
         """All variables, by the path to what holds them and their position there: plain names may collide."""
@@ -281,6 +323,16 @@ def _tell_output_shapes(model: keras.Model) -> None:
         return
     with contextlib.suppress(Exception):
         model.call(keras.tree.map_shape_structure(lambda shape: keras.Input(shape[1:]), shapes))
+
+
+def plain(variable: Any) -> Any:
+    """The TensorFlow variable that a Keras variable is; anything else as it is."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def trained_by(optimizer: keras.Optimizer) -> list[Any]:
+    """The variables that an optimizer was built for."""
+    return optimizer._trainable_variables
 
 
 def path_of(variable: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from looplab.metrics import lower_is_better
 from looplab.plain_files import Saved
 from looplab.resume import Resumed, find
 from looplab.warn import warn
+from looplab.weights import ClassWeights
 
 
 class Trainer(Epochs):
@@ -99,7 +100,7 @@ class Trainer(Epochs):
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool = True,
-        class_weight: dict[int, float] | None = None,
+        class_weight: Mapping[int, float] | Sequence[float] | None = None,
         sample_weight: Any = None,
         initial_epoch: int = 0,
         steps_per_epoch: int | None = None,
@@ -144,6 +145,7 @@ class Trainer(Epochs):
         checks.resume(resume, self.log_dir)
         checks.learning_rates(self.optimizers)
         given = checks.callbacks(callbacks)
+        class_weights = ClassWeights.of(class_weight)
         with self._owning(go_on=resume):
             checkpoints, resumed = self._checkpoints(resume)
             if resumed.again and resumed.saved is None:
@@ -154,9 +156,8 @@ class Trainer(Epochs):
             if validation_split and validation_data is None:
                 x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
             first = max(self.epochs, initial_epoch)
-            train = self._batches(
-                "x", x, y, sample_weight, batch_size, shuffle, class_weight, steps_per_epoch, training_from=first
-            )
+            self._class_weights = class_weights
+            train = self._batches("x", x, y, sample_weight, batch_size, shuffle, steps_per_epoch, training_from=first)
             validation = None
             if validation_data is not None:
                 val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
@@ -212,7 +213,7 @@ class Trainer(Epochs):
         bar = [ProgressBar()] if verbose else []
         callback_list = keras.callbacks.CallbackList([*given, *bar], model=self, steps=batches.steps)
         try:
-            return self._evaluate(batches, callback_list)
+            return self._evaluate(batches, callback_list)[0]
         except Fault as fault:
             raise fault.error(self.steps, self.epochs, None) from None
 
@@ -232,17 +233,20 @@ class Trainer(Epochs):
         bar = [ProgressBar()] if verbose else []
         callback_list = keras.callbacks.CallbackList([*given, *bar], model=self, steps=batches.steps)
 
-        step = self._predictor(batches.element_spec)
+        predictor = self._predictor(batches.element_spec)
         outputs: list[Any] = []
         iterator = batches.iterate(0)
-        with self._undisturbed():
+        with self._undisturbed() if self.run_eagerly else predictor.copies.lock:
+            predictor.copies.refresh()
             callback_list.on_predict_begin()
             while batches.steps is None or len(outputs) < batches.steps:
                 batch = iterator.get_next_as_optional()
                 if not batch.has_value():
                     break
                 callback_list.on_predict_batch_begin(len(outputs))
-                outputs.append(tf.nest.map_structure(self._gathered, step(batch.get_value())))
+                rows = tf.nest.map_structure(self._gathered, predictor.call(batch.get_value()))
+                self._check_rows(batch.get_value(), rows)
+                outputs.append(rows)
                 callback_list.on_predict_batch_end(len(outputs) - 1, {"outputs": outputs[-1]})
             callback_list.on_predict_end()
         if not outputs:
@@ -306,7 +310,6 @@ class Trainer(Epochs):
         sample_weight=None,
         batch_size=None,
         shuffle=False,
-        class_weight=None,
         steps=None,
         training_from=None,
     ):
@@ -318,7 +321,6 @@ class Trainer(Epochs):
             batch_size=batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            class_weight=class_weight,
             steps=steps,
             training_from=training_from,
             strategy=self.strategy,

@@ -1,0 +1,95 @@
+"""What the operations of a traced graph do with variables."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import tensorflow as tf
+
+_READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape")
+
+
+def trace(function: Callable[..., Any], *specs: Any, jit_compile: bool = False) -> Any:
+    """The `tf.function` of a function, traced for these signatures.
+
+    Variables that it creates get their values at once, outside of the graph. So none is left without a value where the
+    trace fails, and it is traced once.
+    """
+
+    def creating(*arguments: Any) -> Any:
+        with tf.variable_creator_scope(_create_outside):
+            return function(*arguments)
+
+    return tf.function(creating, jit_compile=jit_compile or None).get_concrete_function(*specs)
+
+
+def _create_outside(next_creator: Callable[..., tf.Variable], **options: Any) -> tf.Variable:
+    if tf.is_symbolic_tensor(options.get("initial_value")):  # which only the graph can compute
+        return next_creator(**options)
+    with tf.init_scope():
+        return next_creator(**{**options, "experimental_enable_variable_lifting": False})
+
+
+def written(operations: Iterable[tf.Operation]) -> set[int]:
+    """The identities of the resource tensors that some of these operations may change."""
+    return {
+        id(tensor)
+        for operation in operations
+        for index, tensor in enumerate(operation.inputs)
+        if tensor.dtype == tf.resource and index not in _only_read(operation)
+    }
+
+
+def captured(function: Any) -> list[tf.Variable]:
+    """All variables that a traced function uses, in the order in which it came to use them."""
+    by_handle = {id(variable.handle): variable for variable in function.graph.variables}
+    used = (by_handle.get(id(external)) for external, _ in function.graph.captures)
+    return [variable for variable in used if variable is not None]
+
+
+def written_variables(function: Any) -> list[tf.Variable]:
+    """Those of them that it may change."""
+    changed = written(function.graph.get_operations())
+    handles = {id(external) for external, internal in function.graph.captures if id(internal) in changed}
+    return [variable for variable in captured(function) if id(variable.handle) in handles]
+
+
+class Copies:
+    """Lets a traced function change copies of the variables that it would change: so it only reads.
+
+    Args:
+        function: The traced function; None for none, which has no copies.
+    """
+
+    def __init__(self, function: Any = None):
+        self.lock = threading.RLock()
+        """Whoever calls the function holds it, because the copies are the same in all threads."""
+        self.pairs: list[tuple[tf.Variable, tf.Variable]] = []
+        """Each variable, and its copy."""
+        for variable in [] if function is None else written_variables(function):
+            with tf.device(variable.device):
+                self.pairs.append((variable, tf.Variable(variable, trainable=False)))
+        if self.pairs:
+            handles = {id(variable.handle): copy.handle for variable, copy in self.pairs}
+            function.set_external_captures([handles.get(id(one), one) for one in function.captured_inputs])
+
+    def refresh(self) -> None:
+        """Brings the copies to what their variables are now."""
+        for variable, copy in self.pairs:
+            copy.assign(variable)
+
+    def of(self, variable: Any) -> tf.Variable | None:
+        """The copy of a Keras or TensorFlow variable, if the function changes it."""
+        return next((copy for original, copy in self.pairs if original is getattr(variable, "value", variable)), None)
+
+
+def _only_read(operation: tf.Operation) -> Collection[int]:
+    """Which of its inputs an operation does not change, as TensorFlow notes for those that have branches or a body."""
+    if operation.type in _READING:
+        return range(len(operation.inputs))
+    try:
+        return operation.get_attr("_read_only_resource_inputs")
+    except ValueError:
+        return ()

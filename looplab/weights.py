@@ -1,0 +1,175 @@
+"""How many examples a batch has, and what each of them weighs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from looplab.arrays import unpack
+
+Report = Callable[[tf.Tensor, Sequence[str]], None]
+"""Reports faults of the running step: a vector of bools, and a message for each."""
+
+
+def examples(batch: Any, report: Report | None = None) -> tf.Tensor | int:
+    """How many examples a batch has: the leading dimension of y; without y, the one that the inputs share.
+
+    Scalars have none, and of several dimensions the unknown ones count, because those of tables and matrices that
+    are the same in each batch are known. A batch of scalars alone counts as one example.
+
+    Args:
+        batch: x, (x, y), (x, y, sample_weight), or any other structure, which is x.
+        report: Called where it cannot be known before the step runs whether all dimensions are equal.
+
+    Raises:
+        ValueError: The dimensions differ, and nothing decides between them.
+    """
+    x, y, _ = unpack(batch)
+    for parts in (y, x, (x, y)):
+        leaves = [leaf for leaf in tf.nest.flatten(parts) if leaf is not None and leaf.shape.rank != 0]
+        unknown = [leaf for leaf in leaves if leaf.shape.rank is None or leaf.shape[0] is None]
+        if unknown:
+            counts = [_rows(leaf) for leaf in unknown]
+            if report is not None and len(counts) > 1:
+                differ = tf.reduce_any(tf.not_equal(tf.stack(counts[1:]), counts[0]))
+                report(tf.reshape(differ, [1]), ["the parts of the batch differ in their number of examples"])
+            return counts[0]
+        sizes = Counter(leaf.shape[0] for leaf in leaves).most_common(2)
+        if len(sizes) == 1 or (sizes and sizes[0][1] > sizes[1][1]):
+            return sizes[0][0]
+    if not leaves:
+        return 1
+    shapes = ", ".join(str(leaf.shape) for leaf in leaves)
+    raise ValueError(
+        f"The number of examples in a batch cannot be determined from tensors of shapes {shapes}. Pass y, or let all "
+        f"inputs share their first dimension."
+    )
+
+
+def align(name: str, weights: tf.Tensor, shape: tf.TensorShape, what: str) -> tf.Tensor:
+    """Weights in the rank of the values that they multiply: they belong to the leading dimensions.
+
+    Args:
+        name: The argument that they came by.
+        weights: Such as (n,) for values (n, T), which becomes (n, 1).
+        shape: Of the values.
+        what: What the values are, in words.
+
+    Raises:
+        ValueError: They fit no leading dimensions of the values.
+    """
+    weights = tf.convert_to_tensor(weights)
+    if shape.rank is None or weights.shape.rank in (None, 0):
+        return weights
+    common = min(shape.rank, weights.shape.rank)
+    fits = all(w in (None, 1) or s in (None, w) for w, s in zip(weights.shape[:common], shape[:common], strict=True))
+    if not fits or any(size != 1 for size in weights.shape[common:]) or shape.rank == 0:
+        raise ValueError(
+            f"`{name}` of shape {weights.shape} does not fit {what}, of shape {shape}. Pass one weight for each "
+            f"example, shape (n,), or one for each of these values."
+        )
+    if weights.shape.rank > shape.rank:
+        return tf.squeeze(weights, [*range(shape.rank, weights.shape.rank)])
+    for _ in range(shape.rank - weights.shape.rank):
+        weights = tf.expand_dims(weights, -1)
+    return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassWeights:
+    """The weight of each class, and 1 of classes that have none.
+
+    Args:
+        classes: Whole numbers, in ascending order.
+        weights: As many.
+    """
+
+    classes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, given: Any) -> ClassWeights | None:
+        """From what `fit` takes: a dict by class, or a sequence in the order of the classes.
+
+        Raises:
+            ValueError: A class is not a whole number, or a weight is negative or not finite.
+        """
+        if given is None or len(given) == 0:
+            return None
+        items = given.items() if isinstance(given, Mapping) else enumerate(np.asarray(given).tolist())
+        try:
+            pairs = sorted((_whole(label), float(weight)) for label, weight in items)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`class_weight` must be a dict from classes, which are whole numbers, to weights, or a sequence of "
+                f"weights; {given!r} came."
+            ) from error
+        if not all(0 <= weight < math.inf for _, weight in pairs):
+            raise ValueError(f"`class_weight` must have finite weights of at least 0; {given!r} came.")
+        return cls(*zip(*pairs, strict=True))
+
+    def weigh(self, batch: Any, loss_kind: str | None, report: Report) -> tuple[Any, Any, Any]:
+        """The batch with the weight of its class for each target, times its `sample_weight`.
+
+        Args:
+            loss_kind: What the loss takes as targets: "sparse" labels, "categorical" distributions, "elementwise"
+                numbers, each for itself; None where that is not known.
+            report: Of faults that only the targets' values show.
+
+        Raises:
+            ValueError: y is not one class for each example or position.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if not isinstance(y, tf.Tensor):
+            raise ValueError(
+                f"`class_weight` needs y to be one tensor of classes; {tf.nest.map_structure(lambda _: '*', y)} came. "
+                f"For several outputs, pass `sample_weight`."
+            )
+        labels = self._labels(y, loss_kind, report)
+        classes, flat = tf.constant(self.classes, tf.int64), tf.reshape(labels, [-1])
+        index = tf.minimum(tf.searchsorted(classes, flat), len(self.classes) - 1)
+        weights = tf.gather(tf.constant(self.weights, keras.config.floatx()), index)
+        weights = tf.reshape(tf.where(tf.equal(tf.gather(classes, index), flat), weights, 1), tf.shape(labels))
+        weights.set_shape(labels.shape)
+        if sample_weight is not None:
+            what = f"the classes of y, of shape {y.shape}"
+            weights *= tf.cast(align("sample_weight", sample_weight, weights.shape, what), weights.dtype)
+        return x, y, weights
+
+    def _labels(self, y: tf.Tensor, loss_kind: str | None, report: Report) -> tf.Tensor:
+        """The class at each position, as int64: rounded as Keras does, or the largest of a distribution."""
+        if y.shape.rank is None:
+            raise ValueError("`class_weight` needs targets of known rank; the data set does not say it.")
+        if y.shape.rank > 1 and y.shape[-1] == 1:
+            y = tf.squeeze(y, -1)
+        elif y.shape.rank > 1 and loss_kind != "sparse":
+            if loss_kind == "elementwise" or (loss_kind is None and not y.dtype.is_floating):
+                raise ValueError(
+                    f"`class_weight` needs one class for each example; y of shape {y.shape} has {y.shape[-1]} numbers "
+                    f"for each, and `loss` takes each for itself. Pass a `sample_weight` of your own."
+                )
+            total = tf.reduce_sum(tf.cast(y, tf.float32), -1)
+            message = "`class_weight` needs one class for each example, and a row of y does not sum to 1"
+            report(tf.reshape(tf.reduce_any(tf.abs(total - 1) > 1e-3), [1]), [message])
+            return tf.argmax(y, -1)
+        return tf.cast(tf.round(y), tf.int64) if y.dtype.is_floating else tf.cast(y, tf.int64)
+
+
+def _rows(leaf: Any) -> tf.Tensor:
+    """The length of a tensor, as int32."""
+    if isinstance(leaf, tf.RaggedTensor):
+        return tf.cast(leaf.nrows(), tf.int32)
+    return tf.cast(leaf.dense_shape[0], tf.int32) if isinstance(leaf, tf.SparseTensor) else tf.shape(leaf)[0]
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(value)
