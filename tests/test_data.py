@@ -33,11 +33,6 @@ def same(one, other):
     )
 
 
-def weights_of(y, class_weight, sample_weight=None):
-    [(_, _, weights)] = taken(batches_of(np.zeros(len(y)), y, sample_weight, class_weight=class_weight))
-    return weights
-
-
 # The order of arrays.
 
 
@@ -162,43 +157,6 @@ def test_ragged_tensors_are_cut_into_batches():
     ragged = tf.ragged.constant([[1], [2, 3], [4, 5, 6], [], [7]])
     batches = batches_of(ragged, batch_size=2)
     assert [batch.to_list() for batch in batches.start(0).take(3)] == [[[1], [2, 3]], [[4, 5, 6], []], [[7]]]
-
-
-# Class weights.
-
-
-CLASSES = np.array([0, 1, 2, 5, 1])
-CLASS_WEIGHT = {1: 3.0, 2: 0.5}
-EXPECTED = [1, 3, 0.5, 1, 3]  # classes without a weight, also those beyond the highest with one, weigh 1
-
-
-@pytest.mark.parametrize(
-    "y",
-    [CLASSES, CLASSES.astype("uint8"), CLASSES.astype("float32"), CLASSES[:, None], np.eye(6)[CLASSES]],
-    ids=["sparse", "uint8", "float", "column", "one-hot"],
-)
-def test_class_weight(y):
-    assert np.array_equal(weights_of(y, CLASS_WEIGHT), EXPECTED)
-
-
-@pytest.mark.parametrize("shape", [(5,), (5, 1)])
-@pytest.mark.parametrize("dtype", ["float64", "int64"])
-def test_class_weight_multiplies_sample_weight(shape, dtype):
-    sample_weight = np.array([2, 2, 4, 0, 1], dtype)
-    weights = weights_of(CLASSES, CLASS_WEIGHT, sample_weight.reshape(shape))
-    assert np.array_equal(np.ravel(weights), sample_weight * EXPECTED)
-
-
-def test_class_weight_of_a_dataset():
-    dataset = tf.data.Dataset.from_tensor_slices((np.zeros(5), CLASSES)).batch(2)
-    weights = [weight for _, _, weight in taken(batches_of(dataset, class_weight=CLASS_WEIGHT))]
-    assert np.array_equal(np.concatenate(weights), EXPECTED)
-
-
-@pytest.mark.parametrize("y", [None, {"a": ROWS}, (ROWS, ROWS)], ids=["none", "dict", "tuple"])
-def test_class_weight_needs_one_target(y):
-    with pytest.raises(ValueError, match="`class_weight` needs one target for each example: y came"):
-        batches_of(ROWS, y, class_weight=CLASS_WEIGHT)
 
 
 # The validation split.
