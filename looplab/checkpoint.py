@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import re
@@ -197,10 +196,10 @@ class Checkpoints:
             ) from error
 
     def _retain(self) -> None:
-        """Removes all but the newest, the best, and the last of each `fit`."""
+        """Removes all but the newest ones and the best."""
         paths, best = self.paths(), next(iter(self._by_worth()[0]), None)
-        for path, newer in itertools.pairwise(reversed(paths[self.settings.keep - 1 :])):
-            if path != best and self._fit_of(path) in (self._fit_of(newer), None):
+        for path in reversed(paths[self.settings.keep :]):
+            if path != best:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -230,21 +229,6 @@ class Checkpoints:
         worth, skipped = self._worths()
         paths = [path for path, value in worth.items() if value > -math.inf]
         return sorted(paths, key=worth.__getitem__, reverse=True), skipped
-
-    def last_of_fit(self, number: int) -> Saved | None:
-        """The last one of a call of `fit` (from 0) of this run; None where there is none, or it is damaged."""
-        path = next((path for path in self.paths() if self._fit_of(path) == number), None)
-        if path is not None:
-            with contextlib.suppress(CheckpointError):
-                return _sound(path)
-        return None
-
-    def _fit_of(self, path: Path) -> int | None:
-        """In which call of `fit` it was saved; None where it is damaged."""
-        try:
-            return read_tree(path).get("fit")
-        except CheckpointError:
-            return None
 
     def is_best(self, monitored: float) -> bool:
         """Whether this monitored value is better than that of each of them."""

@@ -101,16 +101,6 @@ def callbacks(given: Any) -> list[keras.callbacks.Callback]:
     return flat
 
 
-def appending(given: Sequence[keras.callbacks.Callback]) -> None:
-    """Warns of callbacks that begin their file anew where a training goes on."""
-    for callback in given:
-        if isinstance(callback, keras.callbacks.CSVLogger) and not callback.append:
-            warn(
-                f"`callbacks` holds a `CSVLogger` without append=True: {callback.filename} begins anew, without the "
-                f"epochs so far."
-            )
-
-
 def parts(batch: Any) -> tuple[Any, Any, Any]:
     """A batch is x, (x, y) or (x, y, sample_weight), as the default steps take it; the three, or None."""
     if isinstance(batch, (list, tuple)) and not 1 <= len(batch) <= 3:

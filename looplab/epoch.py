@@ -14,6 +14,7 @@ import tensorflow as tf
 from looplab import data
 from looplab.arrays import unpack
 from looplab.callbacks import hooked_to_batches
+from looplab.fits import Fits
 from looplab.guard import Fault
 from looplab.loop import CallLogs, Loop, Pace
 from looplab.metrics import Means
@@ -49,7 +50,7 @@ class Epochs(Traces):
         self.skip_nonfinite = 0
         self.skipped_steps = 0
         self._test_steps = 0
-        self._finished: list[dict[str, list[float]]] = []  # the history of each `fit` that came to its end
+        self._fits = Fits(self.log_dir)
 
     def _run(
         self,
@@ -61,8 +62,11 @@ class Epochs(Traces):
         callbacks: Any,
         folder: str | None,
         between: Callable[[int], int | None] = lambda done: None,
-    ) -> dict[str, float]:
-        """Runs an epoch of training, or one evaluation, from where `progress` is to its end; and returns its logs.
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Runs an epoch of training, or one evaluation, from where `progress` is to its end.
+
+        Returns:
+            Its values as Keras logs them, and those of the parts of the loss.
 
         Args:
             between: Called before each graph call, with how many batches are done, and returns how many steps that
@@ -96,11 +100,14 @@ class Epochs(Traces):
             told = logs.first(logs.done - 1) if stopped else logs
             self._count(kind, loop, progress, told, folder, began)
             if hooks:
+                watches = any(not getattr(hook, "stateless", False) for hook in hooks)
                 hidden = loop.meaning.rates | loop.meaning.parts
                 with self._shown(loop, hooks):
                     self._replay(kind, hooks, told, done, hidden, begin=asked > 1)
             if stopped:
                 raise self._fault(kind, batches.name, progress, logs)
+            if hooks and watches and not loop.eager:  # a callback may have frozen a layer
+                loop = self._prepared(kind, loop.element_spec, loop.eager)
             skipped += int((~clean).sum())
             progress.ended = logs.done < asked and not bool(logs.batch.has_value())
             if progress.ended and batches.steps is not None:
@@ -110,7 +117,15 @@ class Epochs(Traces):
             warn(f"{skipped} of {progress.done} steps were passed over: their loss or gradients were not finite.")
         if not progress.done:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
-        return self._results(kind, loop, progress.means)
+        results = self._results(kind, loop, progress.means)
+        parts = {name: results.pop(name) for name in loop.meaning.parts if name in results}
+        return results, parts
+
+    def _take_over(self, saved: dict[str, Any]) -> None:
+        """Brings the counters to what they were in a saved state."""
+        self.steps, self.epochs, self._test_steps = saved["steps"], saved["epochs"], saved["test_steps"]
+        self.skipped_steps = saved["skipped_steps"]
+        self._fits.take_over(saved["fit"], saved["fits_bytes"])
 
     def _is_over(self, kind: str, batches: data.Batches, progress: Progress) -> bool:
         """Whether a pass has come to its end."""
@@ -185,8 +200,8 @@ class Epochs(Traces):
         loop = self._prepared("test", batches.element_spec, self.run_eagerly)
         with self._reading_only(loop):
             callbacks.on_test_begin()
-            results = self._run("test", loop, batches.iterate(0), batches, Progress(), callbacks, folder, between)
-            parts = {name: results.pop(name) for name in loop.meaning.parts}
+            iterator = batches.iterate(0)
+            results, parts = self._run("test", loop, iterator, batches, Progress(), callbacks, folder, between)
             with self._shown(loop, callbacks.callbacks):
                 callbacks.on_test_end(results)
         return results, parts

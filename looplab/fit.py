@@ -1,27 +1,28 @@
-"""One `fit`: epoch after epoch, with what it saves on the way, and from where it goes on."""
+"""One `fit`: epoch after epoch, with what it saves on the way, and where it resumes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
-from looplab import state
+from looplab import appended, state
 from looplab.checkpoint import Checkpoints
 from looplab.data import Batches
-from looplab.epoch import Epochs, Progress, without
+from looplab.epoch import Epochs, Progress
 from looplab.guard import Fault
 from looplab.interrupts import Interrupted, Interrupts
 from looplab.metrics import lower_is_better
 from looplab.plain_files import Saved
 from looplab.resume import Resumed
 from looplab.steps import LEARNING_RATE
-from looplab.warn import warn
+from looplab.warn import say, warn
 
 
 @dataclasses.dataclass
@@ -46,12 +47,13 @@ class Fit:
         self._epoch = self.first_epoch
         self._in_epoch = False
         self._progress = Progress()
-        self._begun = self.train.begun  # how often the data was, where the epoch is gone on with
+        self._begun = self.train.begun  # how often the data was started, where an epoch is resumed
         self._logs: dict[str, float] = {}
-        self._began = False  # whether there is something new to save
+        self._has_news = False  # whether there is something new to save
         self._saved_steps = 0 if self.saved is None else self.saved.tree["steps"]
-        self._at_first: list[dict[str, Any]] = []  # the attributes of callbacks, before and after they began
-        self._before_validation: dict[str, Any] | None = None
+        self._at_first: list[dict[str, Any]] = []  # the attributes of callbacks, before and after `on_train_begin`
+        self._before_validation: dict[str, Any] = {}  # what of the state a validation changes, as it was before
+        self._settings = state.callback_settings(self.callbacks.callbacks)  # what callbacks were made with
         self._interrupts = Interrupts(self.trainer._stop.value, active=self.checkpoints is not None)
 
     def run(self) -> None:
@@ -63,13 +65,15 @@ class Fit:
             trainer.epochs, trainer.stop_training = max(trainer.epochs, self.first_epoch), False
             trainer._settle(goes_on=self.resumed.newest is not None)
             self._at_first.append(state.attributes(self.callbacks.callbacks))
+            if self.saved is not None:
+                appended.keep_on_begin(self.callbacks.callbacks)
             self.callbacks.on_train_begin()
             self._at_first.append(state.attributes(self.callbacks.callbacks))
             if self.saved is not None:
-                self._go_on(self.saved)
-            self._began = True
+                self._resume(self.saved)
+            self._has_news = True
             iterator = None
-            while self._has_more() and not self.resumed.again:
+            while self._has_more():
                 if not self._in_epoch:
                     trainer._reset_metrics()
                     self.callbacks.on_epoch_begin(self._epoch)
@@ -80,8 +84,8 @@ class Fit:
                 self._finish_epoch(iterator)
             if self.checkpoints is not None:
                 self._save()
-                self._interrupts.check()
-            self._began = False  # what is saved is how it went on, without what ends it
+            self._interrupts.check()
+            self._has_news = False  # a resumed run continues from before what ends it
             for known in trainer._minimized:  # as Keras does: with `use_ema`, the averages become the weights
                 known.optimizer.finalize_variable_values(known.variables)
             self.callbacks.on_train_end(self._logs)
@@ -118,12 +122,11 @@ class Fit:
             self._advance_data(*self._state["begun"])
 
     def _advance_data(self, train: int, validation: int) -> None:
-        """Brings data sets that shuffle anew to the orders that they had, where they are needed or a next `fit` is."""
-        stopped = self._state["stopped"] and not self._state["in_epoch"]
-        is_over = self.resumed.again or stopped or self._state["epoch"] >= self.epochs
-        if is_over:
+        """Brings data sets that shuffle anew to the orders that they had, for this `fit` or the next."""
+        is_complete = self.resumed.is_complete(self.epochs, self._settings)
+        if is_complete:
             self.train.end()
-        if not (is_over and self.train.begun > train):
+        if not (is_complete and self.train.begun > train):
             self.train.advance(train)
         if self.validation is not None and self.validation.dataset is not self.train.dataset:
             try:
@@ -157,22 +160,23 @@ class Fit:
         trainer = self.trainer
         with self._interrupts.at_once():  # a function of the epoch may give batches of another shape
             loop = trainer._prepared("train", iterator.element_spec, trainer.run_eagerly)
-        results = trainer._run(
+        results, parts = trainer._run(
             "train", loop, iterator, self.train, self._progress, self.callbacks, "train", self._between_calls
         )
-        self._logs = without(loop.meaning.parts, results)
-        validates = self.validation is not None and self.validates_after(self._epoch)
-        if validates and self.checkpoints is not None:
-            self._before_validation = self._state_now()  # where it is interrupted, it is done again as a whole
-        trainer.epochs += 1
-        trainer._events.scalars("train", trainer.epochs, _epoch_tags(results))
-        if validates:
-            assert self.validation is not None
+        self._logs = results
+        validation_results = None
+        if self.validation is not None and self.validates_after(self._epoch):
+            if self.checkpoints is not None:  # an interrupted validation runs again as a whole
+                self._before_validation = {"test_steps": trainer._test_steps, "events": trainer._events.sizes()}
             check = self._interrupts.check
-            results, parts = trainer._evaluate(self.validation, self.callbacks, "validation", lambda _: check())
-            trainer._events.scalars("validation", trainer.epochs, _epoch_tags(results | parts))
-            self._logs |= {f"val_{name}": value for name, value in results.items()}
-        self._before_validation = None
+            validation_results = trainer._evaluate(self.validation, self.callbacks, "validation", lambda _: check())
+            self._before_validation = {}
+        trainer.epochs += 1
+        trainer._events.scalars("train", trainer.epochs, _epoch_tags(results | parts))
+        if validation_results is not None:
+            values, parts = validation_results
+            trainer._events.scalars("validation", trainer.epochs, _epoch_tags(values | parts))
+            self._logs = results | {f"val_{name}": value for name, value in values.items()}
         self.callbacks.on_epoch_end(self._epoch, self._logs)
         self._epoch, self._in_epoch = self._epoch + 1, False
         self._progress = Progress(in_a_row=self._progress.in_a_row)
@@ -185,25 +189,26 @@ class Fit:
         self._interrupts.check()
 
     def _monitored(self) -> float | None:
-        """The value by which the best epoch is told, where one has ended that has it."""
+        """The value that decides which epoch is best, where an epoch that has it has ended."""
         monitor = self.checkpoints and self.checkpoints.settings.monitor
         return self._logs.get(monitor) if monitor and not self._in_epoch else None
 
     def _between_calls(self, done: int) -> int | None:
         """Saves where that is due, and returns how many steps are left until it is again."""
-        if self.checkpoints is None:
-            return None
-        steps = self.trainer.steps
-        if done and self.checkpoints.due_after_step(steps):
-            self._save()
+        left = None
+        if self.checkpoints is not None:
+            steps = self.trainer.steps
+            if done and self.checkpoints.due_after_step(steps):
+                self._save()
+            left = self.checkpoints.steps_left(steps)
         self._interrupts.check()
-        return self.checkpoints.steps_left(steps)
+        return left
 
-    # Saving, and going on.
+    # Saving and resuming.
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Ends it well whatever ends it."""
+        """Saves what there is, whatever ends the training."""
         trainer, checkpoints = self.trainer, self.checkpoints
         try:
             yield
@@ -211,14 +216,15 @@ class Fit:
                 checkpoints.wait()
                 self._interrupts.check()
         except Interrupted as interrupted:
-            if self._began:
+            if self._has_news:
                 self._save()
             assert checkpoints is not None
             checkpoints.wait()
-            print(
-                f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {trainer.log_dir}. "
-                f"To go on: `fit(..., resume=True)`, or --resume {trainer.log_dir} on a recipe's command line.",
-                file=sys.stderr,
+            say(
+                f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {trainer.log_dir}. To "
+                f"resume: `fit(..., resume=True)`, or --resume {shlex.quote(str(trainer.log_dir))} on a recipe's "
+                f"command line.",
+                sys.stderr,
             )
             raise
         except Fault as fault:
@@ -232,13 +238,14 @@ class Fit:
 
     def _save(self) -> None:
         assert self.checkpoints is not None
-        now = self._before_validation or self._state_now()
+        now = self._state_now()
         self._saved_steps = now["steps"]
         most = state.most_bytes(self.trainer._all_state())
-        self.checkpoints.commit(now["steps"], now["epochs"], now, most, self.trainer._events.files())
+        durable = [*self.trainer._events.files(), *self.trainer._fits.files()]
+        self.checkpoints.commit(now["steps"], now["epochs"], now, most, durable)
 
     def _state_now(self) -> dict[str, Any]:
-        """All that decides how the training goes on, copied."""
+        """All that decides how the training continues, copied."""
         trainer, progress = self.trainer, self._progress
         return {
             "steps": trainer.steps,
@@ -246,9 +253,10 @@ class Fit:
             "test_steps": trainer._test_steps,
             "skipped_steps": trainer.skipped_steps,
             "seed": trainer.seed,
-            "stopped": bool(trainer.stop_training),  # a callback may have set NumPy's or TensorFlow's
-            "fit": len(trainer._finished),
-            "finished": [dict(history) for history in trainer._finished],
+            "fit": trainer._fits.count,
+            "fits_bytes": trainer._fits.bytes,
+            "epochs_asked": self.epochs,
+            "stopped_by": self._stopped_by(),
             "epoch": self._epoch,
             "in_epoch": self._in_epoch,
             "batch": progress.done,
@@ -259,32 +267,49 @@ class Fit:
             "monitored": self._monitored(),
             "data": self.train.described,
             "made_with": trainer._made_with,
+            "callback_settings": self._settings,
             "begun": [self._begun, 0 if self.validation is None else self.validation.begun],
             "events": trainer._events.sizes(),
+            "appended": appended.sizes(self.callbacks.callbacks),
             "callbacks": self._callback_states(),
             "variables": state.values(trainer._all_state()),
+            **self._before_validation,
         }
+
+    def _stopped_by(self) -> str:
+        """The callback that stopped the training; "" where none did."""
+        if not self.trainer.stop_training:
+            return ""
+        known = (type(c).__name__ for c in self.callbacks.callbacks if getattr(c, "stopped_epoch", 0))
+        return next(known, "a callback")
 
     def _callback_states(self) -> dict[str, Any]:
         return state.changed(state.attributes(self.callbacks.callbacks), *self._at_first)
 
-    def _go_on(self, saved: Saved) -> None:
-        """Brings everything to where it was saved, after the callbacks have begun: what they did then is undone."""
+    def _resume(self, saved: Saved) -> None:
+        """Brings everything to where it was saved, after `on_train_begin` of the callbacks, which it undoes."""
         trainer, then = self.trainer, self._state
         if then["in_epoch"]:
             self.callbacks.on_epoch_begin(then["epoch"])
         state.assign(trainer._all_state(), then["variables"])
-        state.restore_callbacks(self.callbacks.callbacks, then["callbacks"], saved.path)
-        trainer.steps, trainer.epochs, trainer._test_steps = then["steps"], then["epochs"], then["test_steps"]
-        trainer.skipped_steps, trainer.stop_training = then["skipped_steps"], then["stopped"]
-        trainer._finished = then["finished"]
-        if not self.resumed.again:
-            trainer._events.rewind(then["events"])
+        callbacks = then["callbacks"]
+        if self.resumed.is_stopped and not self.resumed.is_complete(self.epochs, self._settings):
+            # Other settings than before are to count anew: the callback that stopped does not remember.
+            callbacks = {key: {} if key == then["stopped_by"] else value for key, value in callbacks.items()}
+            trainer.stop_training = False
+        else:
+            trainer.stop_training = bool(then["stopped_by"])
+        state.restore_callbacks(self.callbacks.callbacks, callbacks, saved.path)
+        trainer._take_over(then)
+        trainer._events.rewind(then["events"])
+        appended.rewind(self.callbacks.callbacks, then["appended"])
         self._epoch, self._in_epoch, self._logs = then["epoch"], then["in_epoch"], then["logs"]
         self._progress = Progress(then["batch"], then["ended"], then["in_a_row"])
         self._progress.means.restore(then["means"])
-        if self.checkpoints is not None:  # one may go on without saving any more
+        if self.checkpoints is not None:  # a run may continue without saving any more
             self.checkpoints.drop_newer(saved.path)
+        for line in self.resumed.report(self.epochs, self._settings):
+            say(line)
 
 
 def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Where a `fit` goes on: found in what was saved of its run, and held against what the program is now."""
+"""Where a `fit` resumes: found in what was saved of its run, and compared with what the program asks for now."""
 
 from __future__ import annotations
 
@@ -12,14 +12,46 @@ from looplab.warn import warn
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """Where one call of `fit` goes on."""
+    """Where one call of `fit` resumes."""
 
     newest: Saved | None = None
-    """The newest checkpoint of the run, maybe of another call."""
+    """The newest checkpoint of the run, which may be of another call."""
     saved: Saved | None = None
-    """The checkpoint to go on from; None where the call begins."""
-    again: bool = False
-    """Whether it was finished before: all is brought to where it ended, and nothing is written."""
+    """The checkpoint to continue from; None where the call starts, or is complete."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a callback had stopped the call."""
+        return self.saved is not None and bool(self.saved.tree["stopped_by"]) and not self.saved.tree["in_epoch"]
+
+    def is_complete(self, epochs: int, callback_settings: dict[str, dict[str, str]]) -> bool:
+        """Whether nothing is left to train, by the epochs and the callbacks of this call.
+
+        A call that a callback stopped continues if it asks for more epochs, or that callback has other settings.
+        """
+        if self.saved is None:
+            return False
+        tree = self.saved.tree
+        if not self.is_stopped:
+            return not tree["in_epoch"] and tree["epoch"] >= epochs
+        settings = [known.get(tree["stopped_by"]) for known in (callback_settings, tree["callback_settings"])]
+        asks_the_same = epochs <= tree["epochs_asked"] and settings[0] == settings[1]
+        return asks_the_same or tree["epoch"] >= epochs
+
+    def report(self, epochs: int, callback_settings: dict[str, dict[str, str]]) -> list[str]:
+        """A line of what a call that was complete or stopped does now."""
+        if self.saved is None:
+            return []
+        tree, is_complete = self.saved.tree, self.is_complete(epochs, callback_settings)
+        done = tree["epoch"]
+        if self.is_stopped:
+            stopped = f"looplab: training stopped after epoch {done} of {tree['epochs_asked']} by {tree['stopped_by']}"
+            if is_complete:
+                return [f"{stopped}: nothing to train. To continue, ask for more `epochs`, or change the callback."]
+            return [f"{stopped}: continuing to epoch {epochs}."]
+        if is_complete:
+            return [f"looplab: {done} epochs are done, and `epochs` is {epochs}: nothing to train."]
+        return []
 
     def check(self, seed: int | None, described: dict[str, Any], made_with: dict[str, dict[str, str]]) -> None:
         """What was saved is of the same seed and data; warns where it is of another loss or optimizer.
@@ -56,7 +88,7 @@ class Resumed:
 
 
 def find(checkpoints: Checkpoints, number: int) -> Resumed:
-    """Where the call of `fit` of that number (from 0) of a run goes on; each checkpoint that is skipped is told.
+    """Where the call of `fit` of that number (from 0) of a run resumes; each checkpoint that is skipped is reported.
 
     Raises:
         CheckpointError: There are some, but none is whole; or the newest is of a newer format.
@@ -64,9 +96,4 @@ def find(checkpoints: Checkpoints, number: int) -> Resumed:
     newest, skipped = checkpoints.newest()
     for reason in skipped:
         warn(f"Skipped: {reason}")
-    if newest is None or newest.tree["fit"] < number:
-        return Resumed(newest)
-    if newest.tree["fit"] == number:
-        return Resumed(newest, newest)
-    print(f"looplab: call {number + 1} of `fit` in {checkpoints.folder.parent} was finished before.", flush=True)
-    return Resumed(newest, checkpoints.last_of_fit(number), again=True)
+    return Resumed(newest, newest if newest is not None and newest.tree["fit"] == number else None)

@@ -21,12 +21,16 @@ from looplab.warn import warn
 
 _KERAS_OWN = ("params", "_model")  # a list of callbacks sets them
 _CHOSEN = "$monitor_op"  # that a callback had chosen it, which is a function
-_COUNTS = ("steps", "epochs", "test_steps", "skipped_steps", "fit", "epoch", "batch", "in_a_row")
+_COUNTS = (
+    *("steps", "epochs", "test_steps", "skipped_steps", "fit", "fits_bytes", "epochs_asked", "epoch", "batch"),
+    "in_a_row",
+)
+_DICTS = ("means", "logs", "data", "made_with", "callback_settings", "events", "appended", "callbacks", "variables")
 _KINDS = {
     **dict.fromkeys((*_COUNTS, "seed"), int),
-    **dict.fromkeys(("stopped", "in_epoch", "ended"), bool),
-    **dict.fromkeys(("means", "logs", "data", "made_with", "events", "callbacks", "variables"), dict),
-    **dict.fromkeys(("finished", "begun"), list),
+    **dict.fromkeys(("in_epoch", "ended"), bool),
+    **dict.fromkeys(_DICTS, dict),
+    **{"begun": list, "stopped_by": str},
 }
 
 
@@ -69,7 +73,6 @@ def check_structure(path: Path, tree: dict[str, Any]) -> None:
     Raises:
         CheckpointError: It has not.
     """
-    tree.setdefault("in_a_row", 0)  # it was added later
     for name, kind in _KINDS.items():
         value = tree.get(name)
         if type(value) is not kind or (isinstance(value, int) and name != "seed" and not 0 <= value < 2**53):
@@ -82,9 +85,10 @@ def check_structure(path: Path, tree: dict[str, Any]) -> None:
         (all(type(v) is float for v in tree["logs"].values()), "logs"),
         (tree["epoch"] <= tree["epochs"], "epoch"),
         (all(type(v) is int and v >= 0 for v in tree["events"].values()), "events"),
+        (all(type(v) is int and v >= 0 for v in tree["appended"].values()), "appended"),
+        (all(type(v) is dict for v in tree["callback_settings"].values()), "callback_settings"),
         (all(type(v) is dict for v in callbacks), "callbacks"),
         (all(type(v) is dict for v in tree["made_with"].values()), "made_with"),
-        (all(type(v) is dict for v in tree["finished"]) and len(tree["finished"]) == tree["fit"], "finished"),
         ([type(v) for v in tree["begun"]] == [int, int] and min(tree["begun"]) >= 0, "begun"),
         (isinstance(tree.get("monitored"), (float, type(None))), "monitored"),
     ]:
@@ -126,6 +130,28 @@ def assign(variables: dict[str, Any], saved: dict[str, dict[str, Any]]) -> None:
         variable.assign(saved[path]["value"])
 
 
+def assign_known(variables: dict[str, Any], saved: dict[str, dict[str, Any]]) -> None:
+    """Assigns what there is for those of the same path, shape and dtype: others are of a later `fit`."""
+    for path, variable in variables.items():
+        value = saved.get(path, {}).get("value")
+        if value is not None and _signature(variable).endswith(f", {value.shape} {value.dtype.name}"):
+            variable.assign(value)
+
+
+def callback_settings(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, dict[str, str]]:
+    """What each callback was made with, as far as it keeps that under the names of its arguments, in words."""
+    return {
+        key: {n: _in_words(v) for n, v in vars(callback).items() if n in _arguments(callback) and plain(v)}
+        for key, callback in by_key(callbacks).items()
+    }
+
+
+def _arguments(thing: Any) -> set[str]:
+    """The names of the arguments of an object's `__init__`, those of its base classes too."""
+    makers = (vars(kind)["__init__"] for kind in type(thing).__mro__ if "__init__" in vars(kind))
+    return {name for maker in makers for name in inspect.signature(maker).parameters}
+
+
 def attributes(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, dict[str, Any]]:
     """The attributes of each callback that are plain (numbers, strings, arrays, lists and dicts of such), copied.
 
@@ -134,7 +160,7 @@ def attributes(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, dict[
     such a dict is within another dict, a list or a tuple, the whole attribute is not saved.
     """
     found: dict[str, dict[str, Any]] = {}
-    for key, callback in _by_key(callbacks).items():
+    for key, callback in by_key(callbacks).items():
         items = [(name, _as_dict(value)) for name, value in vars(callback).items() if name not in _KERAS_OWN]
         found[key] = {name: _copied(value) for name, value in items if plain(value)}
         if callable(getattr(callback, "monitor_op", None)):
@@ -161,7 +187,7 @@ def restore_callbacks(
 
     No method is replaced, and no text that the callback was made with, such as the name of a file.
     """
-    known = _by_key(callbacks)
+    known = by_key(callbacks)
     for keys, text in (
         (
             {key for key, kept in states.items() if kept} - known.keys(),
@@ -181,8 +207,7 @@ def restore_callbacks(
 
 def _set_attributes(key: str, callback: keras.callbacks.Callback, saved: dict[str, Any], checkpoint: Path) -> None:
     """Sets the attributes of one callback, and warns of text that stays as the callback was made with it."""
-    makers = (vars(kind)["__init__"] for kind in type(callback).__mro__ if "__init__" in vars(kind))
-    arguments = {name for maker in makers for name in inspect.signature(maker).parameters}
+    arguments = _arguments(callback)
     for name, value in saved.items():
         now = vars(callback).get(name)
         if name in _KERAS_OWN or callable(getattr(type(callback), name, None)) or not plain(value):
@@ -201,7 +226,7 @@ def _set_attributes(key: str, callback: keras.callbacks.Callback, saved: dict[st
             setattr(callback, name, value)
 
 
-def _by_key(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:
+def by_key(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:
     """Callbacks by class, the second of one with `_2` (or what is free); without ours that only show something."""
     found: dict[str, keras.callbacks.Callback] = {}
     for callback in callbacks:

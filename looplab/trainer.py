@@ -20,7 +20,7 @@ from looplab.guard import Fault
 from looplab.metrics import lower_is_better
 from looplab.plain_files import Saved
 from looplab.resume import Resumed, find
-from looplab.warn import warn
+from looplab.warn import say, warn
 from looplab.weights import ClassWeights
 
 
@@ -148,9 +148,8 @@ class Trainer(Epochs):
         class_weights = ClassWeights.of(class_weight)
         with self._owning(go_on=resume):
             checkpoints, resumed = self._checkpoints(resume)
-            if resumed.again and resumed.saved is None:
-                return self._left_as_it_is(resumed)
-            writes = checkpoints is not None and self.checkpoint is not None and not resumed.again
+            is_past = resumed.newest is not None and resumed.newest.tree["fit"] > self._fits.count
+            writes = checkpoints is not None and self.checkpoint is not None
             if resumed.saved is not None and self._given_seed is None:
                 self.seed = resumed.saved.tree["seed"]
             if validation_split and validation_data is None:
@@ -163,9 +162,9 @@ class Trainer(Epochs):
                 val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
                 size = validation_batch_size or (batch_size if is_arrays(val_x) else None)
                 validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
+            if is_past:
+                return self._skip(resumed.newest, train)
             resumed.check(self._given_seed, train.described, self._made_with)
-            if resumed.saved is not None:
-                checks.appending(given)
             if train.unseeded and (writes or resume):
                 checks.unseeded(train.unseeded, resume)
             if verbose:
@@ -173,6 +172,7 @@ class Trainer(Epochs):
             callback_list = keras.callbacks.CallbackList(
                 given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
             )
+            self._fits.start()
             try:
                 Fit(
                     self,
@@ -188,7 +188,7 @@ class Trainer(Epochs):
             finally:
                 self._events.close()
         assert self.history is not None  # the list of callbacks set it
-        self._finished.append(self.history.history)
+        self._fits.complete(self.history.history)
         return self.history
 
     @checks.named
@@ -332,21 +332,29 @@ class Trainer(Epochs):
             return None, Resumed()
         checkpoints = Checkpoints(self.log_dir / "checkpoints", self.checkpoint or Checkpoint())
         checkpoints.clean()
-        resumed = find(checkpoints, len(self._finished)) if resume else Resumed()
+        resumed = find(checkpoints, self._fits.count) if resume else Resumed()
         if resume and resumed.newest is None and not self._events.begun:
-            print(f"looplab: {self.log_dir} has no checkpoint: beginning at step 1.", flush=True)
+            say(f"looplab: {self.log_dir} has no checkpoint: starting at step 1.")
         return checkpoints, resumed
 
-    def _left_as_it_is(self, resumed: Resumed) -> keras.callbacks.History:
-        """What a `fit` returns that was finished before, where its last checkpoint is not whole any more."""
-        assert resumed.newest is not None
+    def _skip(self, newest: Saved, train: data.Batches) -> keras.callbacks.History:
+        """What a `fit` returns that the run has completed: its history. The state is the newest, of a later call."""
+        self._prepared("train", train.element_spec, eagerly=False)
+        variables = self._all_state()
+        saved = newest.load(state.most_bytes(variables))
+        state.assign_known(variables, saved["variables"])
         self._settle(goes_on=True)
-        warn("The last checkpoint of that call is gone: until the next `fit`, the weights are those of the beginning.")
-        history = resumed.newest.tree["finished"][len(self._finished)]
-        self._finished.append(history)
+        number = self._fits.count
+        self._take_over(saved)
+        self._fits.count = number + 1
         self.history = keras.callbacks.History()
-        self.history.history = history
-        self.history.epoch = list(range(max(map(len, history.values()), default=0)))
+        self.history.history = self._fits.history(number)
+        epochs = max(map(len, self.history.history.values()), default=0)
+        self.history.epoch = list(range(epochs))
+        say(
+            f"looplab: call {number + 1} of `fit` in {self.log_dir} is complete, with {epochs} epochs: skipped. The "
+            f"state is the newest, after {self.epochs} epochs in all."
+        )
         return self.history
 
 

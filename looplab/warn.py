@@ -1,8 +1,9 @@
-"""Warnings that point at the user's own line."""
+"""Warnings that point at the user's own line, and lines that are printed."""
 
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 import keras
 import tensorflow as tf
@@ -16,6 +17,13 @@ def warn(text: str) -> None:
     while frame.f_back is not None and _is_within(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line of looplab's own, by default to standard output."""
+    file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def _is_within(file: str) -> bool:
