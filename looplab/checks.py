@@ -252,7 +252,9 @@ def _adjusted(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> 
 
 
 def _fits(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(a is None or b in (None, a) for a, b in zip(wanted, shape, strict=True))
+    """Whether an example of a batch of this shape fits; a batch may have any size."""
+    pairs = zip(wanted[1:], shape[1:], strict=False)
+    return len(shape) == len(wanted) and all(a is None or b in (None, a) for a, b in pairs)
 
 
 def targets(y: Any, loss_name: Any) -> None:

@@ -315,14 +315,6 @@ def test_endless_dataset_needs_steps(name, argument, wrap):
     assert batches_of(wrap(numbers().repeat()), name=name, steps=4).steps == 4
 
 
-@pytest.mark.parametrize("x", [FOURS, lambda epoch: FOURS], ids=["set", "function"])
-def test_batch_of_four_parts_is_refused(x):
-    with pytest.raises(
-        ValueError, match=r"batch of `x` must be x, \(x, y\) or \(x, y, sample_weight\); a tuple of 4 came"
-    ):
-        batches_of(x)
-
-
 @pytest.mark.parametrize("value", [None, [1, 2]], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_function_must_return_a_dataset_for_each_epoch(value, epoch):

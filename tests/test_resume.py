@@ -1,7 +1,6 @@
 """Training that goes on where it ended, within one process; `tests/faults` kills real ones."""
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -141,7 +140,7 @@ def points(log_dir):
 def test_a_finished_run_is_left_as_it_is_and_more_epochs_go_on(tmp_path, capsys):
     _, whole = trained(tmp_path / "whole", 4)
     _, first = trained(tmp_path / "parts", 2)
-    assert capsys.readouterr().out.count("has no checkpoint: beginning at step 1") == 2
+    assert capsys.readouterr().out.count("has no checkpoint: starting at step 1") == 2
     files = contents(tmp_path / "parts")
     trainer, again = trained(tmp_path / "parts", 2)
     assert (again, trainer.steps, trainer.epochs) == (first, 6, 2)
@@ -336,42 +335,130 @@ def test_a_program_of_two_fits_goes_on_in_the_one_that_it_was_in(tmp_path, excha
         trainer = recipe(dataset, log_dir=log_dir, optimizer="adam").trainer
         stopping = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=9.0, restore_best_weights=True)
         first = trainer.fit(dataset, epochs=9, verbose=0, callbacks=[stopping], resume=True).history
-        between = trainer.evaluate(X, Y, verbose=0), trainer.steps
         if epochs_of_second == 0:
             return None
-        trainer.log("between", between[0]["loss"])
+        trainer.log("between", 1.0)
         trainer.model.layers[0].trainable = False
         if exchanges:
             trainer.optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
         second = trainer.fit(dataset, epochs=epochs_of_second, verbose=0, resume=True).history
         trainer.log("after", 1.0)
-        return first, between, second, trainer.steps, trainer.get_weights()
+        return first, second, trainer.steps, trainer.get_weights()
 
     whole = program(tmp_path / "whole", 4)
     program(tmp_path / "parts", ended_after)
     for _ in range(2):  # the second time all is done
         parts = program(tmp_path / "parts", 4)
-        assert parts[:4] == whole[:4]
-        assert [len(parts[0]["loss"]), len(parts[2]["loss"])] == [2, 4]
-        for one, other in zip(parts[4], whole[4], strict=True):
+        assert parts[:3] == whole[:3]
+        assert [len(parts[0]["loss"]), len(parts[1]["loss"])] == [2, 4]
+        for one, other in zip(parts[3], whole[3], strict=True):
             np.testing.assert_array_equal(one, other)
         assert points(tmp_path / "parts") == points(tmp_path / "whole")
 
 
-def test_where_the_last_checkpoint_of_an_earlier_fit_is_malformed_it_is_told(tmp_path):
-    def program():
+def test_complete_calls_of_fit_are_skipped_and_the_state_is_the_newest(tmp_path, capsys):
+    def program(calls):
         trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
-        return [trainer.fit(X, Y, epochs=2, verbose=0, resume=True).history for _ in range(2)]
+        histories = [trainer.fit(X, Y, epochs=epochs, verbose=0, resume=True).history for epochs in calls]
+        return histories, trainer.steps, trainer.epochs, trainer.get_weights()
 
-    whole = program()
-    (first,) = (tmp_path / "checkpoints").glob("step-2-epoch-2")
-    content = json.dumps(json.loads((first / "state.json").read_text()) | {"means": []}).encode()
-    (first / "state.json").write_bytes(content)
-    manifest = json.loads((first / "manifest.json").read_text())
-    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (first / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.warns(UserWarning, match="The last checkpoint of that call is gone"):
-        assert program() == whole
+    whole = program([3, 5])
+    assert capsys.readouterr().out.count("\n") == 1  # that there is no checkpoint
+    for calls in ([3], [9], [3, 5]):
+        histories, *counters, weights = program(calls)
+        assert histories == whole[0][: len(calls)]
+        assert counters == [*whole[1:3]]
+        for one, other in zip(weights, whole[3], strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert "call 1 of `fit`" in (out := capsys.readouterr().out)
+        assert "is complete, with 3 epochs: skipped. The state is the newest, after 8 epochs in all." in out
+    histories, _, epochs, _ = program([3, 7])  # the newest call may be extended
+    assert (epochs, len(histories[1]["loss"]), histories[1]["loss"][:5]) == (10, 7, whole[0][1]["loss"])
+
+
+def test_many_calls_of_fit_keep_two_checkpoints_of_one_size(tmp_path):
+    trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam", checkpoint=looplab.Checkpoint(keep=2)).trainer
+    sizes = []
+    for _ in range(12):
+        trainer.fit(X, Y, validation_data=(X, Y), verbose=0)
+        newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+        sizes.append((newest / "state.json").stat().st_size)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert len(list(tmp_path.glob("*/events*"))) == 2
+    assert max(sizes) - min(sizes) < 100
+    assert len((tmp_path / "fits.jsonl").read_text().splitlines()) == 11
+
+
+@pytest.mark.parametrize(
+    ("epochs", "patience", "line", "done"),
+    [
+        (9, 0, "stopped after epoch 2 of 9 by EarlyStopping: nothing to train", 2),
+        (12, 0, "stopped after epoch 2 of 9 by EarlyStopping: continuing to epoch 12", 4),
+        (9, 2, "stopped after epoch 2 of 9 by EarlyStopping: continuing to epoch 9", 5),
+        (9, None, "stopped after epoch 2 of 9 by EarlyStopping: continuing to epoch 9", 9),
+        (2, None, "stopped after epoch 2 of 9 by EarlyStopping: nothing to train", 2),
+    ],
+)
+def test_a_run_that_stopped_early_says_so_and_continues_where_more_is_asked(
+    tmp_path, capsys, epochs, patience, line, done
+):
+    def run(epochs, patience):
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+        stops = [] if patience is None else [keras.callbacks.EarlyStopping("loss", patience=patience, min_delta=9.0)]
+        return trainer, trainer.fit(X, Y, epochs=epochs, verbose=0, callbacks=stops, resume=True).history
+
+    first, _ = run(9, 0)
+    capsys.readouterr()
+    trainer, history = run(epochs, patience)
+    assert line in capsys.readouterr().out
+    assert (trainer.epochs, len(history["loss"])) == (done, done)
+    if done == 2:
+        for one, other in zip(first.get_weights(), trainer.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+class Journal(keras.callbacks.Callback):
+    """Appends a line for each epoch to a file of its own."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_train_begin(self, logs=None):
+        self.file = open(self.path, "a")  # noqa: SIM115
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.file.write(f"{epoch} {logs['loss']!r}\n")
+        self.file.flush()
+
+    def on_train_end(self, logs=None):
+        self.file.close()
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_files_that_callbacks_append_to_have_each_epoch_once(tmp_path, append):
+    def run(folder, fails_at=None):
+        def fail(epoch, logs):
+            if epoch == fails_at:
+                raise EOFError
+
+        keras.utils.set_random_seed(0)
+        settings = looplab.Checkpoint(every="2 epochs")
+        trainer = recipe((X, Y), log_dir=folder, optimizer="adam", checkpoint=settings).trainer
+        logger = keras.callbacks.CSVLogger(str(folder) + ".csv", append=append)
+        callbacks = [logger, Journal(f"{folder}.txt"), keras.callbacks.LambdaCallback(on_epoch_end=fail)]
+        trainer.fit(X, Y, epochs=6, verbose=0, callbacks=callbacks, resume=True)
+
+    run(tmp_path / "whole")
+    for epoch in (2, 3, 4):
+        with pytest.raises(EOFError):
+            run(tmp_path / "parts", epoch)
+    run(tmp_path / "parts")
+    for suffix in (".csv", ".txt"):
+        whole, parts = ((tmp_path / (name + suffix)).read_text() for name in ("whole", "parts"))
+        assert parts == whole
+        assert len(parts.splitlines()) == 6 + (suffix == ".csv")
 
 
 def test_what_is_read_in_parts_and_shuffles_anew_is_told(tmp_path):
