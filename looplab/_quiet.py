@@ -1,7 +1,8 @@
 """Imports TensorFlow without its start-up lines, if looplab is the program: `python -m looplab…`.
 
-A library has no business with another program's log; so nothing happens where looplab is merely imported, nor where
-TF_CPP_MIN_LOG_LEVEL is set. The lines are written by C++ before any level can be set, straight to file descriptor 2.
+A library has no business with another program's log. So nothing happens where looplab is merely imported, and a script
+that calls `looplab.main` shows what TensorFlow logs. TensorFlow writes some lines before it knows its level, straight
+to file descriptor 2. A level that the user has set is replaced, because every other level shows more.
 """
 
 import itertools
@@ -10,10 +11,12 @@ import sys
 
 
 def _is_program() -> bool:
-    return any(flag == "-m" and name.split(".")[0] == "looplab" for flag, name in itertools.pairwise(sys.orig_argv))
+    """Whether Python is about to run a module of looplab: until it has found the module, it calls the program "-m"."""
+    named = (name for flag, name in itertools.pairwise(sys.orig_argv) if flag == "-m")
+    return sys.argv[0] == "-m" and next(named, "").split(".")[0] == "looplab"
 
 
-if _is_program() and "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+if _is_program():
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     sys.stderr.flush()
     stderr = os.dup(2)

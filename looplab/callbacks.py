@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tqdm.auto import tqdm
 class ProgressBar(keras.callbacks.Callback):
     """A line for each epoch: its loss and metrics, steps per second, time left.
 
-    While the epoch goes on the line tells the mean of its steps so far, at its end the epoch's own values. A second
-    line, for an evaluation, goes away when that is over. Where standard error is no terminal nothing is shown.
+    During the epoch the line shows the mean over its steps so far; when it is finished, the epoch's own values in place
+    of the bar: `loss` and `val_loss`, then as many others as the terminal is wide. A second line shows the progress of
+    an evaluation, and disappears with it. Without a terminal at standard error nothing is shown.
     """
 
     async_safe = True  # it only looks
@@ -55,11 +57,19 @@ class ProgressBar(keras.callbacks.Callback):
             for name in filter(_is_shown, logs):
                 sums[name] = sums.get(name, 0.0) + logs[name]
             if bar.update():  # it was drawn
-                bar.set_postfix(_shown({name: total / bar.n for name, total in sums.items()}), refresh=False)
+                bar.set_postfix(shown({name: total / bar.n for name, total in sums.items()}), refresh=False)
 
     def _close(self, logs: dict[str, float] | None) -> None:
         bar, _ = self._bars.pop()
-        bar.set_postfix(_shown(logs or {}), refresh=False)
+        if not bar.disable and bar.leave:
+            values, columns = shown(logs or {}), bar.format_dict["ncols"] or math.inf
+            bar.bar_format = "{desc}{postfix} [{n_fmt} in {elapsed}, {rate_fmt}]"
+            bar.set_postfix(values, refresh=False)
+            while len(str(bar)) >= columns and len(values) > 2:  # cut off, a number would look like another
+                values.popitem()
+                bar.set_postfix(values, refresh=False)
+            if len(str(bar)) >= columns:
+                bar.bar_format = "{desc}{postfix}"
         bar.close()
 
 
@@ -69,7 +79,7 @@ class EpochLine(keras.callbacks.Callback):
     stateless = True
 
     def on_epoch_end(self, epoch, logs=None):  # noqa: D102
-        values = " - ".join(f"{name}: {value}" for name, value in _shown(logs or {}).items())
+        values = " - ".join(f"{name}: {value}" for name, value in shown(logs or {}).items())
         print(f"epoch {epoch + 1}/{self.params['epochs']} - {values}", flush=True)
 
 
@@ -124,5 +134,7 @@ def _is_shown(name: str) -> bool:
     return "/" not in name  # the parts of a loss are for TensorBoard
 
 
-def _shown(logs: dict[str, float]) -> dict[str, str]:
-    return {name: f"{value:.4g}" for name, value in logs.items() if _is_shown(name)}
+def shown(logs: Mapping[str, float]) -> dict[str, str]:
+    """The values of an epoch that a line of text shows, `loss` and `val_loss` first; parts of a loss are left out."""
+    names = sorted(filter(_is_shown, logs), key=lambda name: ["loss", "val_loss", name].index(name))
+    return {name: f"{logs[name]:.4g}" for name in names}

@@ -6,15 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import functools
 import inspect
-import sys
-import types
-import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from looplab.arguments import REQUIRED, Argument, arguments, class_of, metavar, read, spec_of, without_none
 from looplab.checkpoint import Checkpoint
 from looplab.datasets import DataError
 from looplab.lock import InUseError
@@ -23,57 +20,86 @@ from looplab.recipe import Recipe, UsageError, module_name
 from looplab.running import predict, run, summarize
 
 
+@dataclasses.dataclass
+class _Common:
+    """The flags of every recipe: they belong to the run and the trainer.
+
+    Args:
+        seed: of the weights, the steps and the order of the data
+        log_dir: folder for all files of the run (default: logs/<module of the recipe>/<time>)
+        resume: continue the run in this folder, with the flags that it had; --epochs may be larger
+        checkpoint_every: save all state every so many steps (default: every epoch)
+        weights: .weights.h5 file to start from
+        precision: Keras's policy for all layers; the mixed ones compute in 16 bits, faster where hardware supports it
+        plot: PNG file for a copy of curves.png
+        summary: print the layers and their output shapes, and exit
+        predict: print the class of each PNG or JPEG file, using --weights, and exit
+        verbose: 0: nothing; 1 or auto: a progress bar; 2: a line for each epoch
+        steps_per_execution: steps in one graph call
+        run_eagerly: run each step in Python, for debugging
+        jit_compile: compile the step with XLA
+    """
+
+    seed: int = 0
+    log_dir: str | None = None
+    resume: str | None = None
+    checkpoint_every: int | None = None
+    weights: str | None = None
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    plot: str | None = None
+    summary: bool = False
+    predict: list[str] | None = None
+    verbose: Literal["auto", 0, 1, 2] = "auto"
+    steps_per_execution: Literal["auto"] | int = "auto"
+    run_eagerly: bool = False
+    jit_compile: bool = False
+
+
+# The smallest whole number of a flag, and the flags that a recipe may list among its own arguments.
+_AT_LEAST = {"seed": 0, "epochs": 1, "batch_size": 1, "limit": 1, "checkpoint_every": 1, "steps_per_execution": 1}
+_PASSED_ON = {"seed", "log_dir", "steps_per_execution", "run_eagerly", "jit_compile"}
+
+
 def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """The command line of a recipe: its keyword arguments, with types, defaults and docstring lines, are the flags.
 
+    A list, tuple or set takes several words (`--layers 64 32`), a dict takes keys and values (`--rates a 0.1 b 1`, or
+    `a=0.1 b=1`). An argument whose default is a dataclass has a flag for each field. Wrong flags, and arguments of a
+    type that no flag can give, are reported before anything is written, with exit status 2.
+
     Args:
         recipe: The recipe function.
-        argv: The arguments, by default those of the process.
-        prog: How usage and errors call the program.
+        argv: The words of the command line, by default those of the process.
+        prog: The program's name in usage and errors.
     """
-    parser = _Parser(
-        prog=prog or f"python -m {module_name(recipe)}",
+    module = module_name(recipe)
+    parser = argparse.ArgumentParser(
+        prog=prog or (f"python -m {module}" if module != "__main__" else None),  # None is the script's name
+        usage="%(prog)s [--flag VALUE ...]    (--help lists the flags)",
         description=(inspect.getdoc(recipe) or "").partition("\n")[0],
+        argument_default=argparse.SUPPRESS,  # only what is on the command line is passed on
         allow_abbrev=False,
-        conflict_handler="resolve",  # a recipe may have `seed` as an argument: `run` passes it on
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    groups = _add_recipe_flags(parser, recipe)
-    _add_common_flags(parser)
-    options = parser.given(argv)
-    pictures, summary = options.pop("predict", None), options.pop("summary", False)
-    if "checkpoint_every" in options:
-        options["checkpoint"] = Checkpoint(every=options.pop("checkpoint_every"))
-    if pictures and "weights" not in options:
-        parser.error("--predict needs --weights FILE: the model.weights.h5 that a run left")
     try:
         with _warnings_in_one_line():
-            _run(recipe, options, groups, pictures, summary)
-    except (UsageError, DataError, CheckpointError, InUseError) as error:
+            own = arguments(recipe)
+            groups = {argument.name: argument.default for argument in own if argument.is_group}
+            flags = [flag for argument in own for flag in _flags_of(argument)]
+            listed = {argument.name for argument in own} & _PASSED_ON
+            common = [flag for flag in arguments(_Common) if flag.name not in listed]
+            _add_flags(parser.add_argument_group(f"of {recipe.__name__}"), flags)
+            _add_flags(parser.add_argument_group("of every recipe"), common)
+            options = _parse(parser, [*flags, *common], argv)
+            _run(recipe, options, groups)
+    except (UsageError, DataError, CheckpointError, InUseError, argparse.ArgumentError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (FloatingPointError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
-def _run(recipe: Callable[..., Recipe], options: dict[str, Any], groups: Any, pictures: Any, summary: bool) -> None:
-    """Does what the flags ask for."""
-    for name, (group, fields) in groups.items():
-        chosen = {field: options.pop(field) for field in fields if field in options}
-        if chosen:  # a run that goes on has the others as they were
-            options[name] = chosen if "resume" in options else dataclasses.replace(group, **chosen)
-    if summary:
-        summarize(recipe, **_without_run(options, "weights"))
-    elif pictures:
-        predictions = predict(recipe, pictures, **_without_run(options))
-        for picture, (name, probability) in zip(pictures, predictions, strict=True):
-            print(f"{picture}: {name} {probability:.4f}")
-    else:
-        run(recipe, **options)
-
-
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """A line of the program that warned tells a user of the command line nothing."""
+    """Shows warnings without the line of code that warned, which says nothing to a user of the command line."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -82,163 +108,89 @@ def _warnings_in_one_line() -> Iterator[None]:
         warnings.formatwarning = before
 
 
+def _flags_of(argument: Argument) -> list[Argument]:
+    """The argument itself, or where its default is a dataclass, the fields."""
+    if not argument.is_group:
+        return [argument]
+    return [field._replace(default=getattr(argument.default, field.name)) for field in arguments(argument.type)]
+
+
+def _add_flags(group: Any, flags: list[Argument]) -> None:
+    """Adds a flag for each argument.
+
+    Raises:
+        UsageError: No flag can give a value of an argument's type.
+    """
+    for flag in flags:
+        spec = spec_of(flag.type)
+        if spec is None:
+            unknown = ", which is not defined at run time" if isinstance(flag.type, str) else ""
+            raise UsageError(
+                f"no flag can give `{flag.name}` a value of type {inspect.formatannotation(flag.type)}{unknown}. "
+                f"Annotate it as str, int, float, bool, Path, an Enum, a Literal, or a list, tuple, set, dict or union "
+                f"of these; or give it a dataclass as default, whose fields become flags; or call looplab.run."
+            )
+        default = ""  # that of None is in the docstring's line
+        if flag.default is REQUIRED:
+            default = "(required)"
+        elif flag.default is not None:
+            words = spec.str_from_instance(flag.default) if spec.is_instance(flag.default) else []
+            default = f"(default: {' '.join(words) or flag.default})"
+        options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if class_of(flag.type) is not bool:
+            nargs = spec.nargs if isinstance(spec.nargs, int) else "*"
+            name = metavar(without_none(flag.type) if flag.default is None else flag.type)
+            options = {"nargs": nargs, "metavar": tuple(name.split()) if name.count(" ") + 1 == nargs else name}
+        group.add_argument(_flag(flag.name), help=f"{flag.help} {default}".strip().replace("%", "%%"), **options)
+
+
+def _parse(parser: argparse.ArgumentParser, flags: list[Argument], argv: Sequence[str] | None) -> dict[str, Any]:
+    """The values of the flags that are on the command line."""
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], [_flag(flag.name) for flag in flags], 1)
+        parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
+    given = vars(parsed)
+    missing = [_flag(flag.name) for flag in flags if flag.default is REQUIRED and flag.name not in given]
+    if missing and "resume" not in given:  # a run that is resumed has them
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    for flag in flags:
+        if isinstance(given.get(flag.name), list):
+            try:
+                value = given[flag.name] = read(flag.type, given[flag.name])
+                if isinstance(value, int) and value < (least := _AT_LEAST.get(flag.name, value)):
+                    raise ValueError(f"must be at least {least}, got {value}")
+            except ValueError as error:
+                parser.error(f"argument {_flag(flag.name)}: {error}")
+    return given
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _run(recipe: Callable[..., Recipe], options: dict[str, Any], groups: dict[str, Any]) -> None:
+    """Does what the flags ask for."""
+    for name, group in groups.items():
+        chosen = {f.name: options.pop(f.name) for f in dataclasses.fields(group) if f.name in options}
+        if chosen:  # a run that is resumed keeps its other fields
+            options[name] = chosen if "resume" in options else dataclasses.replace(group, **chosen)
+    if "checkpoint_every" in options:
+        options["checkpoint"] = Checkpoint(every=options.pop("checkpoint_every"))
+    pictures, summary = options.pop("predict", None), options.pop("summary", False)
+    if summary:
+        summarize(recipe, **_without_run(options, "weights"))
+    elif pictures is not None:
+        if not pictures or "weights" not in options:
+            raise UsageError("--predict needs pictures, and --weights FILE: the model.weights.h5 that a run left.")
+        predictions = predict(recipe, pictures, **_without_run(options))
+        for picture, (name, probability) in zip(pictures, predictions, strict=True):
+            print(f"{picture}: {name} {probability:.4f}")
+    else:
+        run(recipe, **options)
+
+
 def _without_run(options: dict[str, Any], *more: str) -> dict[str, Any]:
     """The options without those of a training."""
-    return {
-        name: value
-        for name, value in options.items()
-        if name not in ("log_dir", "plot", "verbose", "checkpoint", *more)
-    }
-
-
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest flag where one is unknown."""
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
-            self.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
-        return parsed
-
-    def given(self, args: Sequence[str] | None) -> dict[str, Any]:
-        """The flags that stand in the command line; of others the functions that they are for know the defaults."""
-        resumes = "--resume" in " ".join(sys.argv[1:] if args is None else args).replace("=", " ").split()
-        for action in self._actions:
-            action.required = action.required and not resumes  # the run has it
-        self.parse_args(args)
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        return vars(self.parse_args(args))
-
-
-def _add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """What belongs to the run and the trainer, not to one recipe."""
-    flags = parser.add_argument_group("of every recipe")
-    flags.add_argument(
-        "--seed",
-        type=functools.partial(_whole, 0),
-        metavar="N",
-        default=0,
-        help="of the weights, the steps and the order of the data",
-    )
-    flags.add_argument(
-        "--log-dir",
-        help="folder for all that the run leaves (default: logs/<recipe>/<time>)",
-        default=argparse.SUPPRESS,
-    )
-    flags.add_argument(
-        "--resume",
-        metavar="LOG_DIR",
-        help="go on with the run in this folder, by the flags that it had; --epochs may be more",
-        default=argparse.SUPPRESS,
-    )
-    flags.add_argument(
-        "--checkpoint-every",
-        type=functools.partial(_whole, 1),
-        metavar="N",
-        help="save all state every N steps (default: every epoch)",
-        default=argparse.SUPPRESS,
-    )
-    flags.add_argument("--weights", metavar="FILE", help=".weights.h5 file to start from", default=argparse.SUPPRESS)
-    flags.add_argument(
-        "--precision",
-        choices=("float32", "mixed_bfloat16", "mixed_float16"),
-        default="float32",
-        help="Keras's policy for all layers: the mixed ones compute in 16 bits where processors are made for that",
-    )
-    flags.add_argument("--plot", metavar="FILE", help="PNG file for the curves, too", default=argparse.SUPPRESS)
-    flags.add_argument("--summary", action="store_true", help="print the layers and their output shapes, and exit")
-    flags.add_argument(
-        "--predict",
-        nargs="+",
-        metavar="PICTURE",
-        help="print the class of each PNG or JPEG file, by --weights, and exit",
-        default=argparse.SUPPRESS,
-    )
-    flags.add_argument(
-        "--verbose", type=_verbose, default="auto", help="0: nothing; 1 or auto: a bar; 2: a line an epoch"
-    )
-    flags.add_argument(
-        "--steps-per-execution", type=_auto_or_positive, default="auto", metavar="N", help="steps in one graph call"
-    )
-    flags.add_argument("--run-eagerly", action="store_true", help="step through Python, to debug")
-    flags.add_argument("--jit-compile", action="store_true", help="compile the step with XLA")
-
-
-def _add_recipe_flags(
-    parser: argparse.ArgumentParser, recipe: Callable[..., Recipe]
-) -> dict[str, tuple[Any, list[str]]]:
-    """Adds the function's keyword arguments; returns those that are a dataclass, whose fields are the flags."""
-    groups: dict[str, tuple[Any, list[str]]] = {}
-    flags = parser.add_argument_group(f"of {recipe.__name__}")
-    for name, kind, default, text in _parameters(recipe):
-        if dataclasses.is_dataclass(default):
-            fields = _parameters(type(default))
-            groups[name] = default, [field for field, *_ in fields]
-            for field, field_kind, _, field_text in fields:
-                _add_flag(flags, field, field_kind, getattr(default, field), field_text)
-        else:
-            _add_flag(flags, name, kind, default, text)
-    return groups
-
-
-def _add_flag(flags: Any, name: str, kind: Any, default: Any, text: str) -> None:
-    flag = f"--{name.replace('_', '-')}"
-    if default is None:  # the docstring tells what happens then
-        default = argparse.SUPPRESS
-    text = text.replace("%", "%%") or "(default: %(default)s)"
-    if default is inspect.Parameter.empty:
-        flags.add_argument(flag, type=kind, required=True, metavar=kind.__name__.upper(), help=text)
-        return
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kind = next(inner for inner in typing.get_args(kind) if inner is not type(None))
-    if kind is bool:
-        flags.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-    elif typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        flags.add_argument(flag, type=type(choices[0]), choices=choices, default=default, help=text)
-    elif kind is int and name in ("epochs", "batch_size", "limit"):
-        flags.add_argument(flag, type=functools.partial(_whole, 1), default=default, metavar="N", help=text)
-    else:
-        flags.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
-
-
-def _parameters(function: Callable) -> list[tuple[str, Any, Any, str]]:
-    """(name, type, default, docstring line) of each keyword argument."""
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    lines = _argument_lines(inspect.getdoc(function) or "")
-    return [
-        (name, hints.get(name, type(parameter.default)), parameter.default, lines.get(name, ""))
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-
-
-def _argument_lines(doc: str) -> dict[str, str]:
-    """The lines of a docstring's `Args:`, by argument."""
-    lines: dict[str, str] = {}
-    name = ""
-    for line in doc.partition("Args:\n")[2].splitlines():
-        if not line.startswith("    "):
-            break
-        if not line.startswith("     "):
-            name, _, line = line.strip().partition(":")
-        lines[name] = f"{lines.get(name, '')} {line.strip()}".strip()
-    return lines
-
-
-def _whole(minimum: int, text: str) -> int:
-    if not text.lstrip("+-").isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}; {text} came")
-    return int(text)
-
-
-def _auto_or_positive(text: str) -> int | str:
-    return text if text == "auto" else _whole(1, text)
-
-
-def _verbose(text: str) -> int | str:
-    if text not in ("auto", "0", "1", "2"):
-        raise argparse.ArgumentTypeError(f"must be auto, 0, 1 or 2; {text} came")
-    return text if text == "auto" else int(text)
+    unused = ("log_dir", "plot", "verbose", "checkpoint", *more)
+    return {name: value for name, value in options.items() if name not in unused}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import typing
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from looplab.arguments import arguments, class_of, from_json, spec_of
 from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.folder import NOT_ARGUMENTS, RunFolder, as_json, environment, read_config
 from looplab.recipe import Recipe, UsageError, defaults, module_name
@@ -32,8 +32,10 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
     if config.get("recipe") != name:
         raise UsageError(f"`resume` {folder} has a run of {config.get('recipe')}; {name} cannot go on with it.")
     before = {name: value for name, value in config.items() if name not in NOT_ARGUMENTS}
-    own = defaults(recipe)
-    unheld = not_json(recipe, own)
+    own, kinds = defaults(recipe), _kinds(recipe)
+    unheld = [  # defaults that stay as they are in the recipe; other values of their type may come back
+        name for name in not_json(recipe, own) if as_json(own[name]) == before.get(name) or spec_of(kinds[name]) is None
+    ]
     for name, value in [*given.items(), *((name, own[name]) for name in unheld if name not in given)]:
         if name not in config["not_json"]:  # else all there is of it is a text
             _check_as_before(name, as_json(value), before.get(name), folder)
@@ -47,71 +49,50 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
     for name in ("epochs", "batch_size"):  # which `run` wrote, where the recipe chose them by itself
         if name not in known:
             before.pop(name, None)
-    kinds = _kinds(recipe)
     for name, value in before.items():
         if name in unheld:
             before[name] = own[name]
+        if name in unheld or name in config["not_json"]:  # which `given` has
             continue
-        kind = kinds.get(name)
+        kind = kinds.get(name, Any)
         chosen = given.pop(name) if dataclasses.is_dataclass(kind) and isinstance(given.get(name), dict) else {}
         try:
-            before[name] = _restored(value | chosen if chosen else value, kind)
+            before[name] = from_json(kind, value | chosen if chosen else value)
         except (TypeError, ValueError) as error:
             raise UsageError(f"`resume`: the config.json in {folder} has a `{name}` of {value}.") from error
     return before | given
 
 
-def not_json(recipe: Callable[..., Recipe], arguments: dict[str, Any]) -> list[str]:
+def not_json(recipe: Callable[..., Recipe], given: dict[str, Any]) -> list[str]:
     """The names of those arguments that would not come back from `config.json` as they are."""
     kinds = _kinds(recipe)
-    return [name for name, value in arguments.items() if not _comes_back(value, kinds.get(name))]
+    return [name for name, value in given.items() if not _comes_back(value, kinds.get(name, Any))]
 
 
 def _comes_back(value: Any, kind: Any) -> bool:
-    if dataclasses.is_dataclass(value) and type(value) is kind:
-        kinds = _annotated(kind)
-        return all(_comes_back(getattr(value, f.name), kinds.get(f.name)) for f in dataclasses.fields(value) if f.init)
-    if isinstance(value, PurePath) and kind is str:
+    class_ = class_of(kind)
+    if dataclasses.is_dataclass(value) and type(value) is class_:
+        kinds = {field.name: field.type for field in arguments(class_)}
+        return all(_comes_back(getattr(value, name), kind) for name, kind in kinds.items())
+    if isinstance(value, PurePath) and class_ is str:
         return True  # it was meant as its text
     if isinstance(value, np.generic):
         value = value.item()
     try:
-        again = _restored(as_json(value), kind)
+        again = from_json(kind, as_json(value))
     except (TypeError, ValueError):
         return False
-    return type(again) is type(value) and repr(again) == repr(value)
+    return type(again) is type(value) and _written(again) == _written(value)
+
+
+def _written(value: Any) -> Any:
+    """What two values share that are the same, their types and NaN included."""
+    return sorted(map(repr, value)) if isinstance(value, set | frozenset) else repr(value)
 
 
 def _kinds(recipe: Callable[..., Recipe]) -> dict[str, Any]:
-    """The type of each argument: of its default, else as it is annotated."""
-    of_defaults = {name: type(value) for name, value in defaults(recipe).items() if value is not None}
-    return _annotated(recipe) | of_defaults | {"checkpoint": Checkpoint}
-
-
-def _annotated(thing: Any) -> dict[str, Any]:
-    """How each argument of a function, or field of a dataclass, is annotated; of `kind | None`, the kind."""
-    try:
-        hints = typing.get_type_hints(thing)
-    except Exception:  # of names that are there for a type checker alone
-        return {}
-    kinds: dict[str, Any] = {}
-    for name, hint in hints.items():
-        inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        kind = inner[0] if type(None) in typing.get_args(hint) and len(inner) == 1 else hint
-        kinds[name] = typing.get_origin(kind) or kind
-    return kinds
-
-
-def _restored(value: Any, kind: Any) -> Any:
-    """A value of `config.json` as one of this type, where JSON has no such type."""
-    if not isinstance(kind, type):
-        return value
-    if value is not None and dataclasses.is_dataclass(kind):
-        kinds, derived = _annotated(kind), {field.name for field in dataclasses.fields(kind) if not field.init}
-        return kind(**{name: _restored(v, kinds.get(name)) for name, v in dict(value).items() if name not in derived})
-    if isinstance(value, list) and issubclass(kind, tuple):
-        return kind._make(value) if hasattr(kind, "_make") else kind(value)
-    return kind(value) if isinstance(value, str) and issubclass(kind, PurePath) else value
+    """The type of each argument."""
+    return {argument.name: argument.type for argument in arguments(recipe)} | {"checkpoint": Checkpoint}
 
 
 def _check_as_before(name: str, now: Any, before: Any, folder: Path) -> None:

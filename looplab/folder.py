@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import json
 import os
@@ -36,7 +37,7 @@ class RunFolder:
 
     Args:
         path: The folder; by default a new one, `logs/<name>/<time>`.
-        name: The recipe's.
+        name: That of the recipe's module.
     """
 
     def __init__(self, path: str | Path | None, name: str):
@@ -121,7 +122,7 @@ def _described(data: Arrays | None) -> dict[str, Any] | None:
 
 def as_json(value: Any) -> Any:
     """A value as it comes back from a JSON file."""
-    return json.loads(json.dumps(value, default=_plain))
+    return json.loads(json.dumps(_plain(value)))
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -129,19 +130,28 @@ def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.unfinished")
     with open(written, "w") as file:
-        file.write(json.dumps(value, indent=1, default=_plain) + "\n")
+        file.write(json.dumps(_plain(value), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.rename(written, path)
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+    """A value in the types that JSON has, in words that are the same in another process."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))  # in an order that is the same in another process
-    if hasattr(value, "__qualname__"):  # a class or a function, in words that are the same in another process
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(_plain(key)): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted(str(_plain(part)) for part in value)
+    if hasattr(value, "__qualname__"):  # a class or a function
         return f"{value.__module__}:{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -105,21 +105,22 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str]) -> np.ndarray:
 
 
 def draw_curves(history: Mapping[str, Sequence[float]]) -> np.ndarray:
-    """The loss and the first three other metrics over the epochs, as uint8 of shape (height, width, 3).
+    """Each metric over the epochs, the loss first, in a panel of its own; as uint8 of shape (height, width, 3).
 
     Args:
-        history: That of `keras.callbacks.History`. Parts of a loss, with a "/" in their names, are left out. Where
-            validation has fewer values it ran at every k-th epoch; k is the ratio of their numbers, rounded down.
+        history: That of `keras.callbacks.History`. Where validation has fewer values than training, it ran every k-th
+            epoch; k is the ratio of their numbers, rounded down.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    found = dict.fromkeys(name.removeprefix("val_") for name in history if "/" not in name)
-    names = sorted(found, key=lambda name: name != "loss")[:4] or ["loss"]
-    columns = 2 if len(names) == 4 else len(names)
-    rows = len(names) // columns
+    found = dict.fromkeys(name.removeprefix("val_") for name in history)
+    names = sorted(found, key=lambda name: name != "loss") or ["loss"]
+    columns = len(names) if len(names) < 4 else math.ceil(math.sqrt(len(names)))
+    rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
-    for name, axes in zip(names, figure.subplots(rows, columns, squeeze=False).flat, strict=True):
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, index + 1)
         last = max(len(history.get(name, ())), len(history.get(f"val_{name}", ())), 1)
         for kind, key, colour in (("train", name, "C0"), ("validation", f"val_{name}", "C1")):
             values = np.asarray(history.get(key, ()), np.float64)
@@ -127,7 +128,8 @@ def draw_curves(history: Mapping[str, Sequence[float]]) -> np.ndarray:
                 epochs = last // len(values) * np.arange(1, len(values) + 1)
                 axes.plot(epochs, values, colour, marker="o", markersize=3, label=kind)
                 axes.legend()
-        axes.set(xlabel="epoch", ylabel=name, xlim=(0.5, last + 0.5))
+        axes.set(xlabel="epoch", xlim=(0.5, last + 0.5))
+        axes.set_ylabel(name, parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     return _render(figure)

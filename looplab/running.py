@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import keras
 import numpy as np
 
 from looplab import checks, report
-from looplab.callbacks import write_png
+from looplab.callbacks import shown, write_png
 from looplab.checkpoint import Checkpoint
 from looplab.continued import as_before, has_checkpoint, is_finished, not_json
 from looplab.datasets import Data, Unread, read_picture
@@ -46,7 +47,7 @@ def run(
         recipe: The recipe function.
         seed: Of everything: the weights, the random numbers of steps, the order of the data; by default 0.
         log_dir: Where to leave event files, checkpoints, `config.json`, `history.json`, `timings.json`,
-            `model.weights.h5`, a report and pictures; by default `logs/<recipe>/<time>`.
+            `model.weights.h5`, a report and pictures; by default `logs/<module of the recipe>/<time>`.
         resume: The `log_dir` of a run to go on with, to the same bits as if it had never ended. Its arguments are those
             of its `config.json`: none needs to be given but objects that JSON cannot hold, and `epochs` may be more. A
             finished run is left as it is.
@@ -64,7 +65,7 @@ def run(
     arguments = {"seed": 0, "precision": "float32", "weights": None, **options}
     seed, precision, weights = (arguments.pop(name) for name in ("seed", "precision", "weights"))
     log_dir = arguments.pop("log_dir", None)
-    folder = RunFolder(resume or log_dir, recipe.__name__)
+    folder = RunFolder(resume or log_dir, _name(recipe))
     goes_on = resume is not None and has_checkpoint(folder.path)  # else it begins anew, from its weights
     _check_files(folder.path, weights if resume is None else None, plot, is_new=resume is None)
     began = time.time()
@@ -108,9 +109,20 @@ def run(
                 print(text)
         seconds = folder.write_history(history, began, ready.trainer.steps)  # last: with it the run is finished
     if verbose != 0:
-        print(f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}. To watch them:")
-        print(f"  tensorboard --logdir {folder.path.parent} --samples_per_plugin scalars=999999999")
+        print(f"To watch it: tensorboard --logdir {folder.path.parent} --samples_per_plugin scalars=999999999")
+        last = shown({name: values[-1] for name, values in history.items() if values})
+        values = ", ".join(f"{name}={value}" for name, value in last.items())
+        done = f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}"
+        print(f"{done}: {values}" if values else done)
     return ready
+
+
+def _name(recipe: Callable[..., Recipe]) -> str:
+    """The name of the recipe's module or script; in a notebook, which has neither, the function's."""
+    if recipe.__module__ != "__main__":
+        return recipe.__module__.rpartition(".")[2]
+    file = Path(getattr(sys.modules["__main__"], "__file__", recipe.__name__))
+    return file.parent.name if file.stem == "__main__" else file.stem
 
 
 class _AtBeginning(keras.callbacks.Callback):

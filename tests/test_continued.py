@@ -191,7 +191,7 @@ def test_a_run_that_saved_nothing_begins_again_from_its_weights(tmp_path):
 def test_arguments_come_back_with_the_types_that_they_had(tmp_path):
     given = {"sizes": Sizes(5, 2), "scales": (3.0,), "folder": tmp_path, "epochs": np.int64(1)}
     given |= {"source": tmp_path / "data", "pair": (1, 2), "more": Sizes(depth=9)}
-    given |= {"place": Place(tmp_path / "place"), "share": float("nan")}
+    given |= {"place": Place(tmp_path / "place"), "share": float("nan"), "by_class": {0: 3.0}}
     looplab.run(line, log_dir=tmp_path / "run", verbose=0, **given)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["sizes"] == {"width": 5, "depth": 2}
@@ -230,7 +230,7 @@ def test_a_recipe_may_take_the_seed_itself(tmp_path):
 
 def test_what_config_json_cannot_hold_is_asked_for(tmp_path):
     def others():  # another process has other objects
-        return {"activation": lambda x: x, "by_class": {0: 3.0}, "notes": ((5, 6),)}
+        return {"activation": lambda x: x, "by_class": {0: 3.0, None: 1.0}, "notes": ((5, 6),)}
 
     looplab.run(line, log_dir=tmp_path / "run", verbose=0, **others())
     for name in others():

@@ -78,12 +78,13 @@ def finished(tmp_path_factory):
     }
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     environment["COLUMNS"] = "200"  # one line for each flag
+    levels = {"help": {}, "wrong flag": {"TF_CPP_MIN_LOG_LEVEL": "3"}, "run": {"TF_CPP_MIN_LOG_LEVEL": "0"}}
     processes = {}
     for name, flags in commands.items():
         folder = tmp_path_factory.mktemp("cwd")
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "looplab.recipes.vae", *flags]
-        processes[name] = folder, subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+        processes[name] = folder, subprocess.Popen(command, cwd=folder, env=environment | levels[name], **pipes)
     outcomes = {}
     for name, (folder, process) in processes.items():
         stdout, stderr = process.communicate(timeout=120)
@@ -144,8 +145,11 @@ def test_wrong_flag_names_the_nearest_and_leaves_nothing(finished):
 def test_run_leaves_all_files_and_is_quiet(finished):
     folder, status, stdout, stderr = finished["run"]
     assert (status, stderr) == (0, "")  # no terminal, no bar
-    assert re.match(r"looplab: 4 steps in \d+ s, all in runs/first\b", stdout)
-    assert TENSORBOARD.format("runs") in stdout
+    *_, watch, last = stdout.splitlines()
+    assert TENSORBOARD.format("runs") in watch
+    values = {name: values[-1] for name, values in json.loads(history_of(folder / "runs" / "first")).items()}
+    text = ", ".join(f"{name}={values[name]:.4g}" for name in ("loss", "val_loss"))
+    assert re.fullmatch(rf"looplab: 4 steps in \d+ s, all in runs/first: {re.escape(text)}", last)
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     events = {path for path in left if "tfevents" in path}
     folders = {"runs/first", "runs/first/train", "runs/first/validation"}  # the first has the hyperparameters
@@ -245,17 +249,17 @@ def test_weights_are_where_a_run_starts(trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--epochs 0", "argument --epochs: must be a whole number of at least 1; 0 came"),
+        ("--epochs 0", "argument --epochs: must be at least 1, got 0"),
         ("--epochs 1.5", "argument --epochs: "),
         ("--batch-size x", "argument --batch-size: "),
-        ("--batch-size -1", "argument --batch-size: must be a whole number of at least 1; -1 came"),
-        ("--limit 0", "argument --limit: must be a whole number of at least 1; 0 came"),
+        ("--batch-size -1", "argument --batch-size: must be at least 1, got -1"),
+        ("--limit 0", "argument --limit: must be at least 1, got 0"),
         ("--hidden many", "argument --hidden: "),
         ("--learning-rate fast", "argument --learning-rate: "),
         ("--dataset foo", "argument --dataset: "),
         ("--seed 1e3", "argument --seed: "),
-        ("--verbose 3", "argument --verbose: must be auto, 0, 1 or 2; 3 came"),
-        ("--steps-per-execution 0", "argument --steps-per-execution: must be a whole number of at least 1; 0 came"),
+        ("--verbose 3", "argument --verbose: invalid choice: '3' (choose from auto, 0, 1, 2)"),
+        ("--steps-per-execution 0", "argument --steps-per-execution: must be at least 1, got 0"),
         ("--latent 3", "unknown argument --latent"),
         ("--latent_dim=3", "unknown argument --latent_dim=3: did you mean --latent-dim?"),
         ("--data-dir empty", "`data_dir`: empty has no file mnist.npz"),
@@ -312,10 +316,10 @@ def test_without_flags_the_defaults_hold_and_each_run_has_its_folder(small, tmp_
     for _ in range(2):
         looplab_m(monkeypatch, "small_recipe:build")
     assert small.seen == 2 * [{"width": 3, "rate": None, "bias": True, "kind": "sgd", "level": 1, "epochs": 1}]
-    folders = sorted((tmp_path / "logs" / "build").iterdir())
+    folders = sorted((tmp_path / "logs" / "small_recipe").iterdir())
     assert len(folders) == 2
     assert all(re.fullmatch(r"\d{8}-\d{6}(-2)?", folder.name) for folder in folders)
-    assert capsys.readouterr().out.count(TENSORBOARD.format(os.path.join("logs", "build"))) == 2
+    assert capsys.readouterr().out.count(TENSORBOARD.format(os.path.join("logs", "small_recipe"))) == 2
 
 
 def test_help_of_a_recipe_function_shows_types_defaults_and_docstring_lines(small, monkeypatch, capsys):
@@ -331,7 +335,7 @@ def test_help_of_a_recipe_function_shows_types_defaults_and_docstring_lines(smal
         "--bias, --no-bias (default: True)",
         "--kind {sgd,adam} which optimizer (default: sgd)",
         "--level {1,2} (default: 1)",
-        "--epochs N (default: 1)",
+        "--epochs INT (default: 1)",
     ]
     text = " ".join(stdout.split())
     assert [line for line in expected if line not in text] == []
@@ -341,7 +345,7 @@ def test_help_of_a_recipe_function_shows_types_defaults_and_docstring_lines(smal
     ("flags", "told"),
     [
         ("--kind rmsprop", "argument --kind: invalid choice: 'rmsprop'"),
-        ("--level 3", "argument --level: invalid choice: 3"),
+        ("--level 3", "argument --level: invalid choice: '3'"),
         ("--rate none", "argument --rate: invalid float value: 'none'"),
         ("--bias yes", "unknown argument yes"),
         ("--widht 3", "unknown argument --widht: did you mean --width?"),

@@ -217,19 +217,27 @@ def same(one, other):
     return one.shape == other.shape and (one == other).all()
 
 
-def test_curves_have_a_panel_for_each_of_four():
-    one, two, four = (report.draw_curves(dict.fromkeys(names, (2.0, 1.0))) for names in (["loss"], "ab", "abcd"))
-    assert is_picture(one)
-    assert is_picture(two)
-    assert is_picture(four)
+def test_curves_have_a_panel_for_each_metric():
+    one, two, four, seven = (
+        report.draw_curves(dict.fromkeys(names, (2.0, 1.0))) for names in (["loss"], "ab", "abcd", "abcdefg")
+    )
+    assert all(map(is_picture, (one, two, four, seven)))
     assert two.shape[1] > 1.9 * one.shape[1]
     assert four.shape[0] > 1.9 * two.shape[0]
-    assert same(report.draw_curves(dict.fromkeys("abcdef", (2.0, 1.0))), four)
-    assert same(report.draw_curves({"loss": [2.0, 1.0], "loss/mse": [1.0, 1.0], "val_loss/mse": [1.0, 1.0]}), one)
+    assert seven.shape[0] > 2.9 * one.shape[0]
+    lines = [pixels(picture, TRAIN).sum() / pixels(one, TRAIN).sum() for picture in (two, four, seven)]
+    assert lines == pytest.approx([2, 4, 7], rel=0.15)
+    assert is_picture(report.draw_curves({MARKUP: [1.0]}))
     assert same(
         report.draw_curves({"accuracy": CURVES["accuracy"], "loss": CURVES["loss"], "val_loss": CURVES["val_loss"]}),
         report.draw_curves(CURVES),
     )
+
+
+def test_curves_show_the_parts_of_a_loss():
+    history = {"loss": [2.0, 1.0], "loss/mse": [1.5, 1.0], "val_loss/mse": [1.0, 1.0]}
+    for name in ("loss/mse", "val_loss/mse"):
+        assert not same(report.draw_curves(history | {name: [3.0, 1.0]}), report.draw_curves(history))
 
 
 def test_curves_show_training_and_validation():

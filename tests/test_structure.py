@@ -7,6 +7,7 @@ import looplab
 
 PACKAGE = Path(looplab.__file__).parent
 ALONE = {
+    "arguments",
     "arrays",
     "callbacks",
     "errors",
@@ -64,11 +65,11 @@ ALLOWED = {
     "datasets": {"arrays"},
     "folder": {"callbacks", "report", "datasets"},
     "recipe": {"trainer", "datasets", "checks"},
-    "continued": {"checkpoint", "datasets", "folder", "recipe"},
+    "continued": {"arguments", "checkpoint", "datasets", "folder", "recipe"},
     "running": {
         *{"callbacks", "checkpoint", "checks", "continued", "datasets", "folder", "lock", "recipe", "report", "state"}
     },
-    "command": {"checkpoint", "datasets", "lock", "plain_files", "recipe", "running"},
+    "command": {"arguments", "checkpoint", "datasets", "lock", "plain_files", "recipe", "running"},
     "testing": {"checks", "checkpoint", "recipe", "tree"},
     "tree": {"safetensors"},
     "weights": {"arrays"},
