@@ -148,6 +148,15 @@ def scalar(who: str, name: Any, value: Any) -> tf.Tensor:
     return tensor
 
 
+def outside_of_branches(method: str, name: str, graph: Any) -> None:
+    """A step logs in its own graph, and not in that of a branch or a loop, from which no tensor comes out."""
+    if tf.compat.v1.get_default_graph() is not graph:
+        raise ValueError(
+            f"`{method}` got {name!r} inside a tensor condition or loop (an `if`, `while` or `for` over tensors, or an "
+            f"inner `tf.function`). Log it outside, in every step, such as with `tf.where(condition, value, 0.0)`."
+        )
+
+
 def loss(value: Any) -> tf.Tensor:
     """A loss is one floating number; as a tensor."""
     if value is None:

@@ -45,7 +45,8 @@ class Hooks:
 
 def _with_subclasses(base: type) -> Iterator[type]:
     yield base
-    for subclass in type.__subclasses__(base):
+    subclasses: list[type] = type.__subclasses__(base)
+    for subclass in subclasses:
         yield from _with_subclasses(subclass)
 
 

@@ -42,6 +42,7 @@ class Logs(Steps):
     def log(self, name: str, value: Any) -> None:
         """Adds a scalar to those of the running step, or, outside of a step, to TensorBoard at the current epoch."""
         if self._now.running:
+            checks.outside_of_branches("log", name, self._now.graph)
             self._now.scalars[name] = checks.scalar("`log` got", name, value)
         else:
             number = float(value)
@@ -59,6 +60,7 @@ class Logs(Steps):
         checks.positive(every=every, max_outputs=max_outputs)
         images = checks.images(name, images)[:max_outputs]
         if self._now.running:
+            checks.outside_of_branches("log_image", name, self._now.graph)
             self._now.images[name] = images
             self._now.image_every[name] = every
         else:

@@ -25,6 +25,11 @@ def _adding(add_loss: Callable[..., None], layer: keras.Layer, loss: Any) -> Non
         for value in tf.nest.flatten(loss):
             # A layer that Keras calls to infer shapes does not keep the loss: nor do we.
             if any(value is kept for kept in layer.losses):
+                if tf.compat.v1.get_default_graph() is not ledger.graph:
+                    raise ValueError(
+                        f"Layer '{layer.path or layer.name}' calls `add_loss` inside a tensor condition or loop, or an "
+                        f"inner `tf.function`, from which no tensor comes out. Call it outside."
+                    )
                 ledger.add(layer.path or layer.name, value)
 
 
@@ -44,11 +49,14 @@ class Ledger:
         self._parts: dict[str, tf.Tensor] = {}
         self._taken: set[str] = set()
         self._penalty: tf.Tensor | None = None
+        self.graph: Any = None
+        """The graph of the step."""
 
     @contextlib.contextmanager
     def open(self, variables: Iterable[Any]) -> Iterator[None]:
         """Within it runs a step, which may train `variables`."""
         self._parts, self._taken, self._penalty = {}, set(), _penalty(variables)
+        self.graph = tf.compat.v1.get_default_graph()
         before, _thread.ledger = getattr(_thread, "ledger", None), self
         try:
             yield

@@ -49,7 +49,8 @@ class Steps(Tracked):
             self._compiled.output_names = model.output_names
         self._compiled.compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
         self.optimizer = self._compiled.optimizer
-        if any(map(self._of_model, _STEPS)) and not model.compiled:  # its own steps use what it is compiled with
+        if isinstance(model, keras.Model) and any(map(self._of_model, _STEPS)) and not model.compiled:
+            # Its own steps use what it is compiled with.
             model.compile(optimizer=self.optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
         self._loss = loss
         self._loss_weights = loss_weights
@@ -116,6 +117,13 @@ class Steps(Tracked):
         checks.inputs(x, self.model)
         return self.model(x, training=training) if takes_training else self.model(x)
 
+    def __getattr__(self, name: str) -> Any:
+        if "_now" not in vars(self):
+            raise AttributeError(
+                f"`{type(self).__name__}.__init__` must call `super().__init__(...)` before `{name}` is used."
+            )
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
         """The loss of a batch, a scalar: `loss` of the targets, and all that the model calls before added to it.
 
@@ -141,7 +149,7 @@ class Steps(Tracked):
             losses.insert(0, total)
         if not losses:
             raise ValueError(
-                "There is no loss: pass `loss`, let the model call `add_loss`, or override `compute_loss`."
+                "There is no loss: pass `loss`, let the model call `add_loss`, or override `compute_loss` or the step."
             )
         return functools.reduce(tf.add, losses)
 
@@ -221,6 +229,22 @@ class Steps(Tracked):
         return list(self._now.ledger.parts(self.trainable_variables).values())
 
     # Within.
+
+    def _check_test_step(self, argument: str) -> None:
+        """There is a step to evaluate with.
+
+        Raises:
+            ValueError: A subclass without a model has its own `train_step` alone.
+        """
+        own = {name for name in ("train_step", "test_step", "__call__") if self._overrides(name)}
+        if self.model is None and own == {"train_step"}:
+            raise ValueError(
+                f"`{argument}` needs `{type(self).__name__}` to override `test_step` too: it has its own `train_step` "
+                f"and no `model`. Return the values of one batch from it, as from `train_step`."
+            )
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(Steps, name)
 
     def _of_model(self, name: str) -> Callable[..., Any] | None:
         """The model's own method of this name, where its class overrides that of `keras.Model`."""
@@ -335,7 +359,7 @@ class Steps(Tracked):
         """
         x, y, _ = keras.utils.unpack_x_y_sample_weight(arrays)
         plausible.check_finite(name, x)
-        if plausible.raw_images(x, self.model) and type(self).__call__ is Steps.__call__:
+        if plausible.raw_images(x, self.model) and not self._overrides("__call__"):
             self._doubts.setdefault(
                 f"`{name}` looks like images from 0 to 255, and the model has no layer that scales: divide by 255, or "
                 f"begin the model with `keras.layers.Rescaling(1 / 255)`.",
@@ -362,7 +386,7 @@ class Steps(Tracked):
         Raises:
             ValueError: It gives another number of rows, such as where a model's state broadcasts against a short batch.
         """
-        if type(self).predict_step is Steps.predict_step and self.strategy.num_replicas_in_sync == 1:
+        if not self._overrides("predict_step") and self.strategy.num_replicas_in_sync == 1:
             expected = int(examples(checks.parts(batch)[0]))
             for output in tf.nest.flatten(outputs):
                 if output.shape[:1] != (expected,):

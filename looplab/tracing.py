@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,7 +134,8 @@ class Traces(Logs):
                     found += [layer, layer.trainable]
             elif isinstance(held.thing, (tf.Variable, keras.Variable)):
                 found.append(held.thing.trainable)
-        found += [value for value in vars(self).values() if isinstance(value, keras.Loss)]
+        own = [value for value in vars(self).values() if not isinstance(value, (list, dict)) or len(value) < 100]
+        found += [leaf for leaf in keras.tree.flatten(own) if isinstance(leaf, (keras.Loss, types.FunctionType))]
         return [*found, *self.trainable_variables]
 
     def _find_strays(self, kind: str, loop: Loop) -> None:

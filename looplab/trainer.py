@@ -148,7 +148,6 @@ class Trainer(Epochs):
         class_weights = ClassWeights.of(class_weight)
         with self._owning(go_on=resume):
             checkpoints, resumed = self._checkpoints(resume)
-            is_past = resumed.newest is not None and resumed.newest.tree["fit"] > self._fits.count
             writes = checkpoints is not None and self.checkpoint is not None
             if resumed.saved is not None and self._given_seed is None:
                 self.seed = resumed.saved.tree["seed"]
@@ -159,10 +158,11 @@ class Trainer(Epochs):
             train = self._batches("x", x, y, sample_weight, batch_size, shuffle, steps_per_epoch, training_from=first)
             validation = None
             if validation_data is not None:
+                self._check_test_step("validation_data")
                 val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
                 size = validation_batch_size or (batch_size if is_arrays(val_x) else None)
                 validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
-            if is_past:
+            if resumed.newest is not None and resumed.newest.tree["fit"] > self._fits.count:
                 return self._skip(resumed.newest, train)
             resumed.check(self._given_seed, train.described, self._made_with)
             if train.unseeded and (writes or resume):
@@ -209,6 +209,7 @@ class Trainer(Epochs):
         """
         batch_size, steps = checks.positive(batch_size=batch_size, steps=steps)
         given = checks.callbacks(callbacks)
+        self._check_test_step("evaluate")
         batches = self._batches("x", x, y, sample_weight, batch_size, steps=steps)
         bar = [ProgressBar()] if verbose else []
         callback_list = keras.callbacks.CallbackList([*given, *bar], model=self, steps=batches.steps)
