@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from looplab.metrics import lower_is_better
 from looplab.plain_files import Saved
 from looplab.resume import Resumed
 from looplab.steps import LEARNING_RATE
-from looplab.warn import warn
+from looplab.warn import say, warn
 
 
 @dataclasses.dataclass
@@ -214,10 +215,11 @@ class Fit:
                 self._save()
             assert checkpoints is not None
             checkpoints.wait()
-            print(
-                f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {trainer.log_dir}. "
-                f"To go on: `fit(..., resume=True)`, or --resume {trainer.log_dir} on a recipe's command line.",
-                file=sys.stderr,
+            say(
+                f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {trainer.log_dir}. To "
+                f"resume: `fit(..., resume=True)`, or --resume {shlex.quote(str(trainer.log_dir))} on a recipe's "
+                f"command line.",
+                sys.stderr,
             )
             raise
         except Fault as fault:
