@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import tensorflow as tf
+
+from looplab.warn import say
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -87,6 +90,7 @@ class Interrupts:
             raise Interrupted(self._received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        _never_fail_to_print()
         self._received = self._received or signal.Signals(number)
         if self._at_once and frame is not None:
             self._at_once = False
@@ -110,9 +114,30 @@ class Interrupts:
                     os._exit(128 + number[0])
                 received = self._received = signal.Signals(number[0])
                 self._stop.assign(True)
-                # In one piece with its line ends: the main thread may be telling, in this moment, how to go on.
-                line = f"\nlooplab: {received.name}: ending after this step; again to end at once.\n"
-                print(line, end="", file=sys.stderr)
+                say(f"\nlooplab: {received.name}: stopping after this step. Send it again to exit at once.", sys.stderr)
+
+
+def _never_fail_to_print() -> None:
+    """From now on, what standard output and error cannot write is dropped, whoever prints it.
+
+    In `python ... | tee log`, Ctrl-C also ends `tee`. A `BrokenPipeError` of a callback's `print`, of a progress bar,
+    or of Python itself at exit would then prevent the saving or change the exit status.
+    """
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)  # with `python -u` there is no buffer in between
+        if isinstance(raw, io.FileIO):  # the innermost object: a progress bar may hold any of those around it
+            raw.write = _forgiving(raw.write)  # type: ignore[method-assign]
+
+
+def _forgiving(write: Callable[[Any], int | None]) -> Callable[[Any], int | None]:
+    def write_or_drop(data: Any) -> int | None:
+        try:
+            return write(data)
+        except OSError:
+            return len(data)
+
+    return write_or_drop
 
 
 def _heeding(frame: FrameType) -> FrameType:
