@@ -144,7 +144,7 @@ class Trainer(Epochs):
         checks.resume(resume, self.log_dir)
         checks.learning_rates(self.optimizers)
         given = checks.callbacks(callbacks)
-        with self._owning(go_on=resume):
+        with self._owning(resume):
             checkpoints, resumed = self._checkpoints(resume)
             if resumed.again and resumed.saved is None:
                 return self._left_as_it_is(resumed)
@@ -172,20 +172,17 @@ class Trainer(Epochs):
             callback_list = keras.callbacks.CallbackList(
                 given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
             )
-            try:
-                Fit(
-                    self,
-                    train,
-                    validation,
-                    functools.partial(_due, validation_freq),
-                    callback_list,
-                    initial_epoch,
-                    epochs,
-                    checkpoints if writes else None,
-                    resumed,
-                ).run()
-            finally:
-                self._events.close()
+            Fit(
+                self,
+                train,
+                validation,
+                functools.partial(_due, validation_freq),
+                callback_list,
+                initial_epoch,
+                epochs,
+                checkpoints if writes else None,
+                resumed,
+            ).run()
         assert self.history is not None  # the list of callbacks set it
         self._finished.append(self.history.history)
         return self.history
