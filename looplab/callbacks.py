@@ -13,6 +13,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
+from looplab.warn import say
+
 
 class ProgressBar(keras.callbacks.Callback):
     """A line for each epoch: its loss and metrics, steps per second, time left.
@@ -80,7 +82,7 @@ class EpochLine(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):  # noqa: D102
         values = " - ".join(f"{name}: {value}" for name, value in shown(logs or {}).items())
-        print(f"epoch {epoch + 1}/{self.params['epochs']} - {values}", flush=True)
+        say(f"epoch {epoch + 1}/{self.params['epochs']} - {values}")
 
 
 class Pictures(keras.callbacks.Callback):

@@ -14,6 +14,7 @@ from looplab.arguments import arguments, class_of, from_json, spec_of
 from looplab.checkpoint import Checkpoint, Checkpoints
 from looplab.folder import NOT_ARGUMENTS, RunFolder, as_json, environment, read_config
 from looplab.recipe import Recipe, UsageError, defaults, module_name
+from looplab.warn import say
 
 _FREE = ("verbose", "plot", "steps_per_execution", "run_eagerly", "checkpoint")  # they change no result
 
@@ -44,7 +45,7 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
             raise UsageError(f"`resume`: `{name}` was an object, which config.json cannot hold. Pass it again.")
     versions = config["environment"].get("versions") if type(config.get("environment")) is dict else None
     if versions != environment(recipe)["versions"]:
-        print(f"looplab: {folder} ran with {versions}: with others it goes on, but not to the same bits.", flush=True)
+        say(f"looplab: {folder} ran with {versions}: with others it goes on, but not to the same bits.")
     known = inspect.signature(recipe).parameters
     for name in ("epochs", "batch_size"):  # which `run` wrote, where the recipe chose them by itself
         if name not in known:

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.arrays import split
+from looplab.paths import local_path
 
 # Where Keras has its data sets: the host that it fetches each from, and the name under which it caches it.
 _KERAS = {
@@ -106,7 +107,10 @@ class Data:
         if name == "digits":
             arrays, source = _digits(), "embedded"
         elif folder:
-            path = Path(folder) / f"{name}.npz"
+            try:
+                path = local_path("data_dir", folder) / f"{name}.npz"
+            except ValueError as error:
+                raise DataError(str(error)) from error
             arrays, source = _read(path), str(path)
         else:
             try:

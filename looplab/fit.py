@@ -54,7 +54,7 @@ class Fit:
         self._at_first: list[dict[str, Any]] = []  # the attributes of callbacks, before and after `on_train_begin`
         self._before_validation: dict[str, Any] = {}  # what of the state a validation changes, as it was before
         self._settings = state.callback_settings(self.callbacks.callbacks)  # what callbacks were made with
-        self._interrupts = Interrupts(self.trainer._stop.value, active=self.checkpoints is not None)
+        self._interrupts = Interrupts(self.trainer._stop.value, saves=self.checkpoints is not None)
 
     def run(self) -> None:
         """Trains."""

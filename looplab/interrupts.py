@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import tensorflow as tf
+
+from looplab.warn import say
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -29,16 +32,19 @@ class Interrupts:
 
     Python runs a handler only when its main thread comes back from the graph. So a thread of our own reads the signals
     as they come: it tells the graph, whose running step becomes its last, and it ends the process at the second one.
-    Outside of the main thread, where no handler can be installed, and without `active`, signals do what they did.
+    Outside of the main thread, where no handler can be installed, signals do what they did.
 
     Args:
         stop: A variable that the graph looks at after each step.
-        active: Whether there is anything to save for.
+        saves: Whether the training saves what it has, and ends with `Interrupted`. If not, only Ctrl-C waits for the
+            running step, so that counters and variables agree, and raises `KeyboardInterrupt`.
     """
 
-    def __init__(self, stop: tf.Variable, active: bool):
+    def __init__(self, stop: tf.Variable, saves: bool):
         self._stop = stop
-        self._active = active and threading.current_thread() is threading.main_thread()
+        self._saves = saves
+        self._signals = _SIGNALS if saves else (signal.SIGINT,)
+        self._active = threading.current_thread() is threading.main_thread()
         self._received: signal.Signals | None = None
         self._at_once = False
         self._before: dict[signal.Signals, Any] = {}
@@ -50,7 +56,9 @@ class Interrupts:
             os.set_blocking(self._write, False)  # as `set_wakeup_fd` wants it
             self._thread = threading.Thread(target=self._watch, name="looplab-signals", daemon=True)
             self._thread.start()
-            heeded = (number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN)  # as with `nohup`
+            heeded = (
+                number for number in self._signals if signal.getsignal(number) != signal.SIG_IGN
+            )  # as with `nohup`
             self._before = {number: signal.signal(number, self._handle) for number in heeded}
             self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         return self
@@ -82,11 +90,12 @@ class Interrupts:
                 sys.settrace(None)
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal came."""
+        """Raises `Interrupted`, or `KeyboardInterrupt` where nothing is saved, if a signal came."""
         if self._received is not None:
-            raise Interrupted(self._received)
+            raise Interrupted(self._received) if self._saves else KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        _never_fail_to_print()
         self._received = self._received or signal.Signals(number)
         if self._at_once and frame is not None:
             self._at_once = False
@@ -104,15 +113,36 @@ class Interrupts:
     def _watch(self) -> None:
         count = 0
         while (number := os.read(self._read, 1)) != b"\0":
-            if number[0] in _SIGNALS:
+            if number[0] in self._signals:
                 count += 1
                 if count > 1:
                     os._exit(128 + number[0])
                 received = self._received = signal.Signals(number[0])
                 self._stop.assign(True)
-                # In one piece with its line ends: the main thread may be telling, in this moment, how to go on.
-                line = f"\nlooplab: {received.name}: ending after this step; again to end at once.\n"
-                print(line, end="", file=sys.stderr)
+                say(f"\nlooplab: {received.name}: stopping after this step. Send it again to exit at once.", sys.stderr)
+
+
+def _never_fail_to_print() -> None:
+    """From now on, what standard output and error cannot write is dropped, whoever prints it.
+
+    In `python ... | tee log`, Ctrl-C also ends `tee`. A `BrokenPipeError` of a callback's `print`, of a progress bar,
+    or of Python itself at exit would then prevent the saving or change the exit status.
+    """
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)  # with `python -u` there is no buffer in between
+        if isinstance(raw, io.FileIO):  # the innermost object: a progress bar may hold any of those around it
+            raw.write = _forgiving(raw.write)  # type: ignore[method-assign]
+
+
+def _forgiving(write: Callable[[Any], int | None]) -> Callable[[Any], int | None]:
+    def write_or_drop(data: Any) -> int | None:
+        try:
+            return write(data)
+        except OSError:
+            return len(data)
+
+    return write_or_drop
 
 
 def _heeding(frame: FrameType) -> FrameType:

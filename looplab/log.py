@@ -12,7 +12,8 @@ from typing import Any
 import tensorflow as tf
 
 from looplab import checks, projector
-from looplab.lock import locked, may_go_on, no_other_run
+from looplab.lock import can_resume, no_other_run
+from looplab.paths import local_path
 from looplab.steps import Steps
 from looplab.summaries import RunWriter
 
@@ -31,10 +32,10 @@ class Logs(Steps):
         log_dir: str | Path | None,
     ):
         super().__init__(model, optimizer, loss, loss_weights, metrics, seed)
-        self.log_dir = None if log_dir is None else Path(log_dir).absolute()  # wherever the program goes
+        # Absolute: the program may change its working directory.
+        self.log_dir = None if log_dir is None else local_path("log_dir", log_dir).absolute()
         self.epochs = 0
         self._events = RunWriter(self.log_dir)
-        self._owners = 0
         self._is_ours = False  # whether `fit` has said that the run in the folder is that of this trainer
         # What is logged before it is known whether a run goes on; and whether it replaces what the run has of it.
         self._early: list[tuple[Callable[[], None], bool]] = []
@@ -108,7 +109,7 @@ class Logs(Steps):
             ValueError: It holds the run of another trainer, which cannot go on.
         """
         undecided = not (self._events.begun or self._is_ours)
-        if self.log_dir is not None and undecided and may_go_on(self.log_dir):
+        if self.log_dir is not None and undecided and can_resume(self.log_dir):
             if not self._early:  # at the end of the program, if `fit` never says
                 weakref.finalize(self, _warn_of_unwritten, self._early, self.log_dir)
             self._early.append((write, replaces))
@@ -132,26 +133,22 @@ class Logs(Steps):
         self._is_ours = True
 
     @contextlib.contextmanager
-    def _owning(self, go_on: bool = False) -> Iterator[None]:
+    def _owning(self, resume: bool = False) -> Iterator[None]:
         """Within it, `log_dir` is this trainer's, and no other process can write to it.
 
         Args:
-            go_on: Whether it may hold a run.
+            resume: Whether it may hold a run.
 
         Raises:
             ValueError: Another process holds it, or it holds the run of another trainer.
         """
-        if self.log_dir is None or self._owners:
+        if self.log_dir is None or self._events.owned:
             yield
             return
         if not (self._events.begun or self._is_ours):
-            no_other_run(self.log_dir, go_on)
-        with locked(self.log_dir):
-            self._owners += 1
-            try:
-                yield
-            finally:
-                self._owners -= 1
+            no_other_run(self.log_dir, resume)
+        with self._events.owning():
+            yield
 
 
 def _warn_of_unwritten(early: list[Any], log_dir: Path) -> None:

@@ -15,11 +15,24 @@ import numpy as np
 
 from looplab import checks
 from looplab.datasets import Arrays
+from looplab.paths import local_path
 from looplab.trainer import Trainer
 
 
 class UsageError(ValueError):
     """A run cannot begin as asked for."""
+
+
+def path_argument(argument: str, path: str | Path) -> Path:
+    """A path that was passed to a run, with `~` expanded.
+
+    Raises:
+        UsageError: It is a URL, or no path.
+    """
+    try:
+        return local_path(argument, path)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 @checks.named
@@ -70,6 +83,7 @@ class Recipe:
         else:
             self.trainer.build(*self._training_data())
         if weights is not None:
+            weights = path_argument("weights", weights)
             try:
                 with warnings.catch_warnings(action="error"):  # Keras only warns where a part of the file is left out
                     self.trainer.load_weights(weights)

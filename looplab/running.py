@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,9 @@ from looplab.continued import as_before, has_checkpoint, is_finished, not_json
 from looplab.datasets import Data, Unread, read_picture
 from looplab.folder import NOT_ARGUMENTS, RUN_FILES, RunFolder, read_config
 from looplab.lock import no_other_run
-from looplab.recipe import Recipe, UsageError, defaults, module_name
+from looplab.recipe import Recipe, UsageError, defaults, module_name, path_argument
 from looplab.state import config_of
+from looplab.warn import say
 
 # What `run` takes for itself, or writes to config.json; `seed` and `log_dir` a recipe gets from it.
 _TAKEN = {"resume", "weights", "precision", "plot", "verbose", *NOT_ARGUMENTS} - {"log_dir"}
@@ -58,10 +60,14 @@ def run(
         verbose: As in `Trainer.fit`; with 0 the report is not printed either.
         options: The recipe function's own, and the `Trainer`'s.
     """
+    log_dir, resume, weights, plot = (
+        None if path is None else path_argument(name, path)
+        for name, path in {"log_dir": log_dir, "resume": resume, "weights": weights, "plot": plot}.items()
+    )
     given = {"seed": seed, "weights": weights, "precision": precision, "log_dir": log_dir}
     options |= {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        options = as_before(recipe, Path(resume), options)
+        options = as_before(recipe, resume, options)
     arguments = {"seed": 0, "precision": "float32", "weights": None, **options}
     seed, precision, weights = (arguments.pop(name) for name in ("seed", "precision", "weights"))
     log_dir = arguments.pop("log_dir", None)
@@ -72,7 +78,7 @@ def run(
     with _precision(precision):
         ready = make(recipe, seed, log_dir=folder.path, **arguments)
         if resume is not None and is_finished(ready, folder):
-            print(f"looplab: the {ready.epochs} epochs of {folder.path} are done: it is left as it is.", flush=True)
+            say(f"looplab: the {ready.epochs} epochs of {folder.path} are done: it is left as it is.")
             ready.build(folder.path / "model.weights.h5")
             return ready
         if weights is not None and not goes_on:
@@ -92,7 +98,7 @@ def run(
             folder.write_config(told, recipe, ready.data)
             ready.trainer.log_hparams(_flat(config))
             if report.missing():
-                print("looplab: no report and no pictures: pip install 'looplab[report]' adds them.", flush=True)
+                say("looplab: no report and no pictures: pip install 'looplab[report]' adds them.")
             elif ready.predict:
                 _show_samples(ready, folder)
 
@@ -106,14 +112,15 @@ def run(
         if not report.missing():
             text = _report(ready, folder, history, plot)
             if text and verbose != 0:
-                print(text)
+                say(text)
         seconds = folder.write_history(history, began, ready.trainer.steps)  # last: with it the run is finished
     if verbose != 0:
-        print(f"To watch it: tensorboard --logdir {folder.path.parent} --samples_per_plugin scalars=999999999")
+        logs = shlex.quote(str(folder.path.parent))
+        say(f"To watch it: tensorboard --logdir {logs} --samples_per_plugin scalars=999999999")
         last = shown({name: values[-1] for name, values in history.items() if values})
         values = ", ".join(f"{name}={value}" for name, value in last.items())
         done = f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}"
-        print(f"{done}: {values}" if values else done)
+        say(f"{done}: {values}" if values else done)
     return ready
 
 
@@ -150,8 +157,9 @@ def predict(
 
     Pictures are PNG or JPEG files of any size, which are scaled to that of the recipe's images.
     """
+    weights = path_argument("weights", weights)
     _check_weights(weights)
-    trained_on = (read_config(Path(weights)).get("data_source") or {}).get("name")
+    trained_on = (read_config(weights).get("data_source") or {}).get("name")
     with _precision(precision):
         ready = _make_unread(recipe, **options)
         if ready.predict is None or ready.data is None:
@@ -159,7 +167,7 @@ def predict(
         if trained_on not in (None, ready.data.name):
             raise UsageError(f"`weights` {weights} learned from {trained_on}: pass --dataset {trained_on}.")
         shape = ready.data.x_train.shape[1:]
-        images = np.stack([read_picture(picture, shape) for picture in pictures])
+        images = np.stack([read_picture(path_argument("pictures", picture), shape) for picture in pictures])
         ready.build(weights)
         probabilities = ready.predict(images)
     return [(ready.data.classes[row.argmax()], float(row.max())) for row in probabilities]
@@ -227,7 +235,7 @@ def _report(ready: Recipe, folder: RunFolder, history: dict[str, list[float]], p
             ready.trainer.log_image("confusion_matrix", folder.write_picture("confusion_matrix", picture)[None])
             text = made.text
         else:
-            print("looplab: no report: not all predictions are finite numbers. The training has diverged.", flush=True)
+            say("looplab: no report: not all predictions are finite numbers. The training has diverged.")
     if plot is not None:
         write_png(Path(plot), curves)
     return text

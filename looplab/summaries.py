@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import socket
 import struct
@@ -15,28 +14,31 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
-from tensorboard.plugins.hparams.api import hparams_pb
-from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from looplab import hparams
+from looplab.lock import FOLDERS, FolderLock
 from looplab.projector import Embeddings
 from looplab.warn import warn
 
-_MOST_BYTES = 2**20  # of a file of hyperparameters: a larger one is no such
-_FOLDERS = ("train", "validation")
 _count = itertools.count()
 
 
 class RunWriter:
-    """The event files of one run, in `log_dir/train` and `log_dir/validation`; without `log_dir` it writes nothing."""
+    """The event files of one run, in `log_dir/train` and `log_dir/validation`; without `log_dir` it writes nothing.
+
+    A file stays open until the writer is garbage collected or the run is rewound, so that each process has one in each
+    folder. All that was written is on its way to the disk, and visible to TensorBoard, when a method returns.
+
+    Whoever writes must be within `owning`.
+    """
 
     def __init__(self, log_dir: Path | None):
         self._log_dir = log_dir
+        self._lock = None if log_dir is None else FolderLock(log_dir)
         self._writers: dict[str, _Writer] = {}
         self._has_graph = False
 
@@ -74,25 +76,16 @@ class RunWriter:
         finds in a folder's files: so each call replaces the file of the one before.
         """
         if self._log_dir is not None:
-            before = self._hparams_files()
+            before = hparams.files(self._log_dir)
             shown = dict(itertools.chain(*(file.items() for file in before.values())))
-            now = shown | {name: _hparam(value) for name, value in values.items()}
+            now = shown | {name: hparams.plain(value) for name, value in values.items()}
             if len(before) == 1 and now == shown:
                 return
             writer = self._writer("")
-            # By default runs of the same hyperparameters would be one row, with the means of their metrics.
-            summary = hparams_pb(now, trial_id="")
-            writer.write(Event(wall_time=time.time(), summary=summary))
+            writer.write(Event(wall_time=time.time(), summary=hparams.summary(now)))
             writer.close()
             for file in before:
                 file.unlink()
-
-    def _hparams_files(self) -> dict[Path, dict[str, Any]]:
-        """The event files in `log_dir` itself that have hyperparameters and nothing else, and these."""
-        assert self._log_dir is not None
-        files = [file for file in sorted(self._log_dir.glob("events.out.tfevents.*")) if not file.is_symlink()]
-        read = {file: _read_hparams(file) for file in files if file.stat().st_size < _MOST_BYTES}
-        return {file: values for file, values in read.items() if values is not None}
 
     def embeddings(self, folder: str, embeddings: Embeddings) -> None:
         """Writes vectors, and what to show at each, for the projector; they replace those of the same name."""
@@ -100,14 +93,32 @@ class RunWriter:
             self._writer(folder).begin()  # the projector looks into folders that have event files
             embeddings.write(self._log_dir / folder)
 
-    def close(self) -> None:
-        """Ends the files; a later write begins others, which TensorBoard shows as their continuation."""
-        for writer in self._writers.values():
-            writer.close()
+    @property
+    def owned(self) -> bool:
+        """Whether this process is within `owning`."""
+        return self._lock is not None and self._lock.held
+
+    @contextlib.contextmanager
+    def owning(self) -> Iterator[None]:
+        """Within it, nobody else writes to the folder; before, another process or trainer may have.
+
+        Raises:
+            InUseError: Another process is within it, or the folder is not writable.
+        """
+        with self._lock or contextlib.nullcontext():
+            self._close_deleted()
+            for writer in self._writers.values():
+                writer.resume()
+            try:
+                yield
+            finally:
+                self._close_deleted()
+                for writer in self._writers.values():
+                    writer.pause()
 
     def files(self) -> list[Path]:
         """The event files of steps and epochs, also those of earlier processes."""
-        folders = () if self._log_dir is None else (self._log_dir / folder for folder in _FOLDERS)
+        folders = () if self._log_dir is None else (self._log_dir / folder for folder in FOLDERS)
         own = (folder for folder in folders if not folder.is_symlink())
         files = (file for folder in own for file in folder.glob("events.out.tfevents.*"))
         return sorted(file for file in files if file.is_file() and not file.is_symlink())
@@ -119,13 +130,16 @@ class RunWriter:
 
     def remove(self) -> None:
         """Removes all event files, also those of hyperparameters."""
-        for file in [*self.files(), *self._hparams_files()]:
+        assert self._log_dir is not None
+        for file in [*self.files(), *hparams.files(self._log_dir)]:
             file.unlink()
 
     def rewind(self, sizes: dict[str, int]) -> None:
-        """Removes all that was written since `sizes` told; what is written from now on goes to new files."""
-        self.close()
+        """Removes all that was written since `sizes` were taken; what is written from now on goes to new files."""
         assert self._log_dir is not None
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
         for file in self.files():
             name = str(file.relative_to(self._log_dir))
             if name not in sizes:
@@ -136,15 +150,33 @@ class RunWriter:
                 warn(f"{file} was longer when it was saved: points are missing.")
         if missing := [name for name in sizes if not (self._log_dir / name).exists()]:
             warn(f"{self._log_dir} lacks {', '.join(missing)}: points are missing.")
-        self._writers.clear()
 
     def _writer(self, folder: str) -> _Writer:
         assert self._log_dir is not None
+        assert self._lock is not None
+        deleted = self._close_deleted()
+        if self._lock.renew() and not deleted:
+            warn(f"`log_dir` {self._log_dir} was deleted or moved; what was in it is lost. It is created again.")
         return self._writers.setdefault(folder, _Writer(self._log_dir / folder))
+
+    def _close_deleted(self) -> bool:
+        """Closes files that are no longer on the disk, and returns whether there were any."""
+        deleted = [folder for folder, writer in self._writers.items() if writer.is_deleted()]
+        for folder in deleted:
+            self._writers[folder].close()
+        if FOLDERS[0] in deleted:
+            self._has_graph = False
+        if deleted:
+            warn(
+                f"`log_dir` {self._log_dir}: the event files in {' and '.join(deleted)} were deleted or moved while "
+                f"the run was using them. Their points are lost, and so is all that was deleted with them, such as "
+                f"checkpoints and hyperparameters. The run continues in new files."
+            )
+        return bool(deleted)
 
 
 class _Writer:
-    """Writes one event file into `folder`, made at the first write.
+    """Writes one event file into `folder`, created at the first write.
 
     An event file is a TFRecord file of `Event` messages. Writing them here costs some 6 µs a step for all scalars
     together; `tf.summary.scalar` costs 40 µs (in a graph) to 630 µs (eagerly) for each.
@@ -152,8 +184,9 @@ class _Writer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.path: Path | None = None
+        self._path = folder  # of the file, once there is one
         self._file: tf.io.TFRecordWriter | None = None
+        self._size = 0  # at the last pause
         self._template = Event()
         self._tags: Sequence[str] = ()
 
@@ -185,15 +218,31 @@ class _Writer:
             file.write(event.SerializeToString())
 
     def begin(self) -> None:
-        """Makes the file, without anything in it, if there was none yet."""
-        if self.path is None:
-            with self._writing():
-                pass
+        """Creates the file, without anything in it, if none is open."""
+        with self._writing():
+            pass
 
     def close(self) -> None:
+        """Ends the file; a later write begins another, which TensorBoard shows as its continuation."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+    def is_deleted(self) -> bool:
+        """Whether an open file is no longer on the disk."""
+        return self._file is not None and not self._path.exists()
+
+    def pause(self) -> None:
+        """Lets others write to the folder."""
+        if self._file is not None:
+            self._size = self._path.stat().st_size
+
+    def resume(self) -> None:
+        """Closes the file if others have changed it, or begun a later one: TensorBoard reads no earlier one again."""
+        if self._file is not None:
+            last = max(self.folder.glob("events.out.tfevents.*"), default=None)
+            if last != self._path or self._path.stat().st_size != self._size:
+                self.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tf.io.TFRecordWriter]:
@@ -207,7 +256,7 @@ class _Writer:
             with contextlib.suppress(tf.errors.OpError):
                 if file is not None:
                     file.close()
-            raise OSError(f"The event file {self.path} could not be written: {error.message}") from error
+            raise OSError(f"The event file {self._path} could not be written: {error.message}") from error
 
     def _open(self) -> tf.io.TFRecordWriter:
         if self._file is None:
@@ -215,24 +264,10 @@ class _Writer:
             # TensorBoard reads the files of a folder in the order of their names.
             moment = time.time()
             name = f"events.out.tfevents.{int(moment):010d}.{socket.gethostname()}.{os.getpid()}.{next(_count):06d}.v2"
-            self.path = self.folder / name
-            self._file = tf.io.TFRecordWriter(str(self.path))
+            self._path = self.folder / name
+            self._file = tf.io.TFRecordWriter(os.fsencode(self._path))
             self._file.write(Event(wall_time=moment, file_version="brain.Event:2").SerializeToString())
         return self._file
-
-
-def _read_hparams(file: Path) -> dict[str, Any] | None:
-    """The hyperparameters in an event file; None where it has none, or anything else."""
-    shown: dict[str, Any] | None = None
-    for event in EventFileLoader(str(file)).Load():
-        for value in event.summary.value:
-            plugin = value.metadata.plugin_data
-            data = HParamsPluginData.FromString(plugin.content) if plugin.plugin_name == PLUGIN_NAME else None
-            if data is None or data.WhichOneof("data") != "session_start_info":
-                return None
-            hparams = data.session_start_info.hparams
-            shown = (shown or {}) | {name: getattr(v, v.WhichOneof("kind")) for name, v in hparams.items()}
-    return shown
 
 
 def _metadata(plugin: str, data_class: int) -> SummaryMetadata:
@@ -242,11 +277,3 @@ def _metadata(plugin: str, data_class: int) -> SummaryMetadata:
 def _scalar(tag: str) -> Summary.Value:
     tensor = TensorProto(dtype=DT_FLOAT, float_val=[0.0])
     return Summary.Value(tag=tag, tensor=tensor, metadata=_metadata("scalars", DATA_CLASS_SCALAR))
-
-
-def _hparam(value: Any) -> bool | int | float | str:
-    """As TensorBoard can show it; it leaves out numbers that are not finite."""
-    if getattr(value, "shape", None) == ():
-        value = np.asarray(value).item()
-    plain = isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
-    return value if plain else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections import defaultdict
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from looplab import checks
 from looplab.checkpoint import Checkpoint, Checkpoints
+from looplab.paths import local_path
 from looplab.recipe import Recipe
 from looplab.tree import flatten
 
@@ -82,8 +84,8 @@ def read_images(folder: str | Path) -> dict[str, list[tuple[int, list[bytes]]]]:
 
 def _values(folder, plugin):
     plugins: dict[str, str] = {}  # TensorBoard asks for metadata with the first point of a tag alone
-    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
-        for event in EventFileLoader(str(path)).Load():
+    for path in sorted(local_path("folder", folder).glob("events.out.tfevents.*")):
+        for event in EventFileLoader(os.fsencode(path)).Load():
             for value in event.summary.value:
                 plugins.setdefault(value.tag, value.metadata.plugin_data.plugin_name)
                 if plugins[value.tag] == plugin:

@@ -146,7 +146,7 @@ class Trainer(Epochs):
         checks.learning_rates(self.optimizers)
         given = checks.callbacks(callbacks)
         class_weights = ClassWeights.of(class_weight)
-        with self._owning(go_on=resume):
+        with self._owning(resume):
             checkpoints, resumed = self._checkpoints(resume)
             writes = checkpoints is not None and self.checkpoint is not None
             if resumed.saved is not None and self._given_seed is None:
@@ -173,20 +173,17 @@ class Trainer(Epochs):
                 given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
             )
             self._fits.start()
-            try:
-                Fit(
-                    self,
-                    train,
-                    validation,
-                    functools.partial(_due, validation_freq),
-                    callback_list,
-                    initial_epoch,
-                    epochs,
-                    checkpoints if writes else None,
-                    resumed,
-                ).run()
-            finally:
-                self._events.close()
+            Fit(
+                self,
+                train,
+                validation,
+                functools.partial(_due, validation_freq),
+                callback_list,
+                initial_epoch,
+                epochs,
+                checkpoints if writes else None,
+                resumed,
+            ).run()
         assert self.history is not None  # the list of callbacks set it
         self._fits.complete(self.history.history)
         return self.history

@@ -1,5 +1,6 @@
-"""Warnings that point at the user's own line, and lines that are printed."""
+"""What looplab says: printed lines, and warnings that point at the user's own line."""
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -8,7 +9,24 @@ from typing import TextIO
 import keras
 import tensorflow as tf
 
-_WITHIN = tuple(str(Path(file).parent) + "/" for file in (__file__, keras.__file__, tf.__file__))
+_LIBRARIES = tuple(str(Path(file).parent) + "/" for file in (__file__, keras.__file__, tf.__file__))
+_WITHIN = (*_LIBRARIES, contextlib.__file__)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints text and a line end to `file`, by default standard output, at once and in one piece.
+
+    Training does not depend on it: characters that the file cannot encode are escaped, and a text that cannot be
+    written (its reader is gone, or the disk is full) is dropped.
+    """
+    file = file or sys.stdout
+    if file is not None:  # None: a process without a console
+        with contextlib.suppress(OSError):
+            try:
+                file.write(f"{text}\n")
+            except UnicodeEncodeError as error:
+                file.write(f"{text}\n".encode(error.encoding, "backslashreplace").decode(error.encoding))
+            file.flush()
 
 
 def warn(text: str) -> None:
@@ -17,13 +35,6 @@ def warn(text: str) -> None:
     while frame.f_back is not None and _is_within(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
-
-
-def say(text: str, file: TextIO | None = None) -> None:
-    """Prints a line of looplab's own, by default to standard output."""
-    file = file or sys.stdout
-    encoding = file.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def _is_within(file: str) -> bool:

@@ -197,6 +197,21 @@ def test_the_graph_is_written_once(tmp_path):
     assert graphs_in(tmp_path / "validation") == 0
 
 
+def test_tensorboard_sees_all_fits_of_a_trainer_though_they_share_their_files(tmp_path, tensorboard):
+    trainer = small_trainer(log_dir=tmp_path / "run")
+    losses = {"train": [], "validation": []}
+    with tensorboard(tmp_path, "--reload_interval", "1") as ask:
+        for number in range(1, 4):
+            history = fit(trainer)
+            losses["train"] += history["loss"]
+            losses["validation"] += history["val_loss"]
+            for folder, expected in losses.items():
+                arguments = {"run": f"run/{folder}", "tag": "epoch_loss"}
+                shown = ask("scalars/scalars", ready=lambda answer: len(json.loads(answer)) == number, **arguments)  # noqa: B023
+                assert [value for _, _, value in json.loads(shown)] == pytest.approx(expected, rel=1e-6)
+    assert event_files(tmp_path) == ["run/train", "run/validation"]
+
+
 def test_an_eager_step_has_no_graph(tmp_path):
     fit(small_trainer(log_dir=tmp_path, run_eagerly=True))
     assert graphs_in(tmp_path / "train") == 0

@@ -161,19 +161,19 @@ def test_a_signal_ends_a_run_in_order_and_it_goes_on_to_the_same_bits(phase, num
 
 
 def check_interrupted(log_dir, stderr, number, sent, traced):
-    """At most one step began after the signal, all that were done are saved, and one line tells how to go on."""
+    """At most one step began after the signal, all that were done are saved, and one line says how to resume."""
     steps = list(map(float, steps_file(log_dir).read_text().split())) if traced else []
     assert sum(moment > sent for moment in steps) <= 1
     saved = max([done for done, _ in checkpoints(log_dir)], default=0)
     assert saved == steps_seen(log_dir)
     assert (saved > 0) == traced
     assert not list((log_dir / "checkpoints").glob(".unfinished-*"))
-    lines = [line for line in stderr.splitlines() if "To go on" in line]
+    lines = [line for line in stderr.splitlines() if "To resume" in line]
     assert lines == [
-        f"looplab: {number.name}: {saved} steps are saved in {log_dir}. To go on: `fit(..., resume=True)`, or "
+        f"looplab: {number.name}: {saved} steps are saved in {log_dir}. To resume: `fit(..., resume=True)`, or "
         f"--resume {log_dir} on a recipe's command line."
     ]
-    assert len(re.findall("again to end at once", stderr)) == 1
+    assert len(re.findall("again to exit at once", stderr)) == 1
     assert "Traceback" not in stderr
 
 
@@ -203,7 +203,7 @@ def test_a_second_signal_ends_a_run_within_its_step(number, tmp_path):
         child.wait_for("step")
         child.send(number)
         deadline = time.monotonic() + SLACK
-        while "again to end at once" not in child.stderr():
+        while "again to exit at once" not in child.stderr():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         again = time.monotonic()
