@@ -169,15 +169,23 @@ class Checkpoints:
 
     def _write(self, path: Path, tree: Any, arrays: dict[str, np.ndarray], durable: list[Path]) -> None:
         unfinished = self.folder / f"{_UNFINISHED}{path.name}"
-        try:
+
+        def write_and_rename() -> None:
             delete(unfinished)
             unfinished.mkdir(parents=True)
             sync(self.folder.parent)
             for file in durable:
-                sync(file)
+                with contextlib.suppress(FileNotFoundError):
+                    sync(file)
             write(unfinished, tree, arrays)
             os.rename(unfinished, path)
             sync(self.folder)
+
+        try:
+            try:
+                write_and_rename()
+            except FileNotFoundError:  # somebody has removed the folder in between
+                write_and_rename()
         except Exception as error:
             with contextlib.suppress(OSError):
                 delete(unfinished)
@@ -185,7 +193,7 @@ class Checkpoints:
                 raise
             raise OSError(
                 f"The checkpoint {path} could not be written: {error.strerror or error}. Earlier ones are as they "
-                f"were. Make room or give access, and go on with `resume`."
+                f"were. Make room or give access, and continue with `resume`."
             ) from error
         try:
             self._retain()

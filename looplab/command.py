@@ -18,6 +18,7 @@ from looplab.lock import InUseError
 from looplab.plain_files import CheckpointError
 from looplab.recipe import Recipe, UsageError, module_name
 from looplab.running import predict, run, summarize
+from looplab.warn import say
 
 
 @dataclasses.dataclass
@@ -185,7 +186,7 @@ def _run(recipe: Callable[..., Recipe], options: dict[str, Any], groups: dict[st
             raise UsageError("--predict needs pictures, and --weights FILE: the model.weights.h5 that a run left.")
         predictions = predict(recipe, pictures, **_without_run(options))
         for picture, (name, probability) in zip(pictures, predictions, strict=True):
-            print(f"{picture}: {name} {probability:.4f}")
+            say(f"{picture}: {name} {probability:.4f}")
     else:
         run(recipe, **options)
 

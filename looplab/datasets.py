@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from looplab.arrays import split
 from looplab.paths import local_path
+from looplab.warn import say
 
 # Where Keras has its data sets: the host that it fetches each from, and the name under which it caches it.
 _KERAS = {
@@ -117,7 +118,7 @@ class Data:
                 arrays, source = _from_keras(name), "keras"
             except OSError as error:
                 fallback = f"{name} cannot be fetched ({error}): learning from 1,797 embedded digits instead"
-                print(f"looplab: {fallback}. To use a file: --data-dir FOLDER_OF_{name.upper()}_NPZ", flush=True)
+                say(f"looplab: {fallback}. To use a file: --data-dir FOLDER_OF_{name.upper()}_NPZ")
                 arrays, source, name = _digits(), "embedded", "digits"
         sha256 = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
         if sha256 != _PUBLISHED.get(name, sha256):

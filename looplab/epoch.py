@@ -85,7 +85,11 @@ class Epochs(Traces):
                     getattr(hook, f"on_{kind}_batch_begin")(done, {})
             with self._recording() if loop.eager else contextlib.nullcontext():
                 first = 1 + (self.steps if kind == "train" else done)
-                logs = loop(iterator, asked, first, progress.in_a_row, self.skip_nonfinite)
+                try:
+                    logs = loop(iterator, asked, first, progress.in_a_row, self.skip_nonfinite)
+                except BaseException:
+                    self._batch_metrics.reset()  # a step may not have ended
+                    raise
             pace.took(logs.done, time.time() - began)
             if kind == "train" and logs.done and logs.scalars.get(self._bounded, [0])[0] > 1:
                 self._doubts.setdefault(
@@ -165,7 +169,7 @@ class Epochs(Traces):
         metrics = {id(source.metric): source.metric for source in sources.values()}
         with self._in_scope(loop):
             outcomes = {key: metric.result() for key, metric in metrics.items()}
-        results = {name: float(source.of(outcomes[id(source.metric)])) for name, source in sources.items()}
+            results = {name: float(source.of(outcomes[id(source.metric)])) for name, source in sources.items()}
         results = {name: results.get(name, mean) for name, mean in means.result().items()}
         keras_mean = self._compiled.metrics[0]
         if kind == "train" and "loss" in results and keras_mean not in self._batch_metrics.updated[kind]:

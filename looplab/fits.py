@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Fits:
 
     def complete(self, history: dict[str, list[float]]) -> None:
         """Counts a call that has ended; its line is written when the next one starts, because it may be extended."""
-        self._newest = json.dumps(history, default=float) + "\n"
+        self._newest = json.dumps({"fit": self.count, "history": history}, default=float) + "\n"
         self.count += 1
 
     def start(self) -> None:
@@ -32,10 +33,10 @@ class Fits:
         if self._newest is not None and self._path is not None:
             line, self._newest = self._newest.encode(), None
             with open(self._path, "r+b" if self._path.exists() else "w+b") as file:
-                file.truncate(self.bytes)
-                file.seek(self.bytes)
+                file.truncate(min(self.bytes, self._path.stat().st_size))
+                file.seek(0, os.SEEK_END)
                 file.write(line)
-            self.bytes += len(line)
+                self.bytes = file.tell()
 
     def take_over(self, count: int, size: int) -> None:
         """Continues from a checkpoint."""
@@ -46,11 +47,10 @@ class Fits:
         try:
             assert self._path is not None
             with open(self._path, encoding="utf-8") as file:
-                line = next(line for index, line in enumerate(file) if index == number)
-            history = json.loads(line)
-        except (OSError, StopIteration, ValueError, RecursionError):
+                found = [line for line in map(json.loads, file) if line["fit"] == number]
+            return {str(name): list(values) for name, values in found[-1]["history"].items()}
+        except (AttributeError, IndexError, KeyError, OSError, RecursionError, TypeError, ValueError):
             return {}
-        return history if isinstance(history, dict) else {}
 
     def files(self) -> list[Path]:
         """The file, if there is one."""

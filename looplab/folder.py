@@ -65,7 +65,7 @@ class RunFolder:
     def write_report(self, labels: np.ndarray, probabilities: np.ndarray, classes: tuple[str, ...]) -> report.Report:
         """`report.txt` and `report.json`: how well the classes of test images were told."""
         made = report.classification(labels, probabilities, classes)
-        (self.path / "report.txt").write_text(made.text + "\n")
+        (self.path / "report.txt").write_text(made.text + "\n", "utf-8")
         _write_json(self.path / "report.json", made.figures)
         return made
 

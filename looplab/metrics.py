@@ -49,7 +49,7 @@ class BatchMetrics:
     """Lets metrics give the value of the current batch alone while a step runs.
 
     Each `update_state` runs twice: on the metric's variables, which hold the running state, and on copies of them that
-    are reset when a step starts. `result` reads the copies. So a step written as in Keras, which returns
+    are reset when a step ends. `result` reads the copies. So a step written as in Keras, which returns
     `metric.result()`, returns this batch's value, and the metric itself has the value of the epoch so far.
     """
 
@@ -68,17 +68,17 @@ class BatchMetrics:
         """Within it runs a step of this kind, "train" or "test", of a trainer that holds these metrics."""
         kept = {id(metric) for metric in held}
         self.updated[kind] = [metric for metric in self.updated[kind] if id(metric) in kept]
-        known = list(self.copies.values())
-        for copy in known:
-            copy.reset()
         _thread.step = _Step(self, self.updated[kind])
         try:
             yield
-            for copy in self.copies.values():
-                if copy not in known:  # made by this trace: it is reset for the next step here
-                    copy.reset()
+            self.reset()
         finally:
             _thread.step = None
+
+    def reset(self) -> None:
+        """Brings the copies to what they are before a step; a step that ends does so by itself."""
+        for copy in self.copies.values():
+            copy.reset()
 
     def source(self, value: Any) -> Source | None:
         """The metric whose result a value is, if a metric of the running step returned this very object."""

@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import itertools
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -184,17 +185,17 @@ class Tracked:
 
         If they are all those of one Keras model, the file is the one that the model itself would write and load.
         """
-        self._saveable("save").save_weights(filepath, overwrite=overwrite)
+        self._saveable("save").save_weights(os.path.expanduser(filepath), overwrite=overwrite)
 
     def save(self, filepath: str | Path, overwrite: bool = True) -> None:
         """Writes the one Keras model that has all weights to a `.keras` file, as the model itself does."""
-        self._one_model("save").save(filepath, overwrite=overwrite)
+        self._one_model("save").save(os.path.expanduser(filepath), overwrite=overwrite)
 
     def load_weights(self, filepath: str | Path) -> None:
         """Assigns the weights that `save_weights` wrote, of the same models, which must be built."""
         model = self._saveable("load")
         try:
-            model.load_weights(filepath)
+            model.load_weights(os.path.expanduser(filepath))
         except FileNotFoundError:
             raise
         except Exception as error:  # HDF5, zip and Keras raise a dozen kinds for files that are something else
@@ -202,7 +203,7 @@ class Tracked:
 
     def export(self, filepath: str | Path, **options: Any) -> None:
         """Writes the one Keras model that has all weights as a SavedModel for inference, as `keras.Model.export`."""
-        self._one_model("export").export(filepath, **options)
+        self._one_model("export").export(os.path.expanduser(filepath), **options)
 
     def summary(self, **options: Any) -> None:
         """Prints `keras.Model.summary` of each Keras model: with output shapes of subclassed ones too, once built."""

@@ -18,6 +18,7 @@ from looplab.epoch import Epochs, joined
 from looplab.fit import Fit
 from looplab.guard import Fault
 from looplab.metrics import lower_is_better
+from looplab.paths import local_path
 from looplab.plain_files import Saved
 from looplab.resume import Resumed, find
 from looplab.warn import say, warn
@@ -281,8 +282,8 @@ class Trainer(Epochs):
                 warn(f"Skipped: {reason}")
             if saved is None:
                 raise ValueError(f"`checkpoint`: there is no {checkpoint} one in {checkpoints.folder}.")
-        elif Path(checkpoint).is_dir():
-            saved = Saved(Path(checkpoint))
+        elif (folder := local_path("checkpoint", checkpoint)).is_dir():
+            saved = Saved(folder)
             state.check_structure(saved.path, saved.tree)
         else:
             raise ValueError(f'`checkpoint` must be "newest", "best", or a folder; {checkpoint} came, and is none.')

@@ -123,7 +123,8 @@ def test_an_epoch_has_the_result_of_the_metric_that_was_returned(returns, metric
     assert trainer.evaluate(X, BITS, batch_size=8, verbose=0) == pytest.approx(values, rel=1e-5)
     history = trainer.fit(X, BITS, batch_size=8, epochs=2, validation_data=(X, BITS), verbose=0).history
     for name, value in values.items():
-        assert history[name] == history[f"val_{name}"] == pytest.approx([value] * 2, rel=1e-5), name
+        expected = pytest.approx([value] * 2, rel=1e-5)
+        assert (history[name], history[f"val_{name}"]) == (expected, expected), name
 
 
 def test_dict_results_of_compiled_metrics_equal_those_of_keras():
@@ -133,7 +134,10 @@ def test_dict_results_of_compiled_metrics_equal_those_of_keras():
     model.compile(**arguments)
     expected = model.evaluate(X, [BITS, BITS], verbose=0, return_dict=True)
     trainer = looplab.Trainer(model, **arguments | {"metrics": [[Counts()], ["accuracy"]]})
-    assert trainer.evaluate(X, [BITS, BITS], verbose=0) == pytest.approx(expected, rel=1e-5)
+    results = trainer.evaluate(X, [BITS, BITS], verbose=0)
+    for name, p in zip("ab", model(X), strict=True):  # Keras takes the mean over batches, whatever their size
+        expected[f"{name}_loss"] = binary_crossentropy(BITS, np.asarray(p)).mean()
+    assert results == pytest.approx(expected, rel=1e-5)
 
 
 CLASHES = {
@@ -246,19 +250,17 @@ def test_a_metric_that_keeps_its_state_in_python_is_refused(state, change, eager
         np.testing.assert_array_equal(one, other)
 
 
+ARGUMENTS = {  # of the first metric whose name has this part
+    **{"BinaryIoU": [[0, 1]], "MeanIoU": [2], "IoU": [2, [0]], "MetricWrapper": [keras.losses.mean_squared_error]},
+    **{"AtSensitivity": [0.5], "AtSpecificity": [0.5], "AtRecall": [0.5], "AtPrecision": [0.5]},
+}
+
+
 def built_in_metrics():
     for name, kind in vars(keras.metrics).items():
         if isinstance(kind, type) and issubclass(kind, keras.metrics.Metric) and kind is not keras.metrics.Metric:
-            arguments = {
-                **dict.fromkeys(("MeanIoU", "OneHotMeanIoU"), {"num_classes": 2}),
-                **dict.fromkeys(("IoU", "OneHotIoU"), {"num_classes": 2, "target_class_ids": [0]}),
-                "BinaryIoU": {"target_class_ids": [0, 1]},
-                **dict.fromkeys(("SpecificityAtSensitivity", "SensitivityAtSpecificity"), {"sensitivity": 0.5}),
-                **dict.fromkeys(("PrecisionAtRecall", "RecallAtPrecision"), {"recall": 0.5}),
-                "MeanMetricWrapper": {"fn": keras.losses.mean_squared_error},
-            }.get(name, {})
-            values = [*arguments.values()]
-            yield pytest.param(lambda kind=kind, values=values: kind(*values), id=name)
+            arguments = next((values for part, values in ARGUMENTS.items() if part in name), [])
+            yield pytest.param(functools.partial(kind, *arguments), id=name)
 
 
 @pytest.mark.parametrize("make", built_in_metrics())
@@ -279,7 +281,7 @@ def test_each_metric_of_keras_has_its_own_result_over_all_data(make):
     results = Only().evaluate(y if not is_mean else p, p if not is_mean else y, batch_size=16, verbose=0)
     whole = np.asarray(expected.result())
     if whole.shape == ():
-        assert results["value"] == pytest.approx(float(whole), rel=1e-5, abs=1e-6)
+        assert results["value"] == pytest.approx(float(whole), rel=1e-5, abs=1e-6, nan_ok=True)
 
 
 VECTORS = {
@@ -431,7 +433,7 @@ def test_class_weights_multiply_sample_weights_and_round_and_ignore_as_keras_doe
 
 
 NOT_ONE_CLASS = {
-    "several labels": ("binary_crossentropy", (BITS > RANDOM.random((50, 3))).astype("float32")),
+    "several labels": ("binary_crossentropy", (RANDOM.random((50, 3)) < BITS).astype("float32")),
     "several numbers": ("mse", X),
     "a row that is no distribution": ("categorical_crossentropy", np.ones((50, 3), "float32")),
     "several labels for a loss of one's own": (lambda y, p: tf.reduce_mean((y - p) ** 2, -1), np.ones((50, 3), int)),
@@ -473,7 +475,7 @@ BATCHES = {
     "a table, and y": lambda x: ({"table": tf.constant(TABLE), "x": x}, x[:, 0]),
     "a table of one row, and a dict y": lambda x: ({"table": tf.ones((1, 2)), "x": x}, {"s": 1.0, "y": x[:, 0]}),
     "four parts": lambda x: (tf.constant(3), x, x[:, 0], tf.ones((2, 2))),
-    "a ragged part first": lambda x: (tf.RaggedTensor.from_tensor(x), x),
+    "a ragged part first": lambda x: (tf.constant(3), x, tf.RaggedTensor.from_tensor(x), x),
 }
 
 
@@ -493,7 +495,6 @@ def test_what_examples_a_batch_has_is_an_error_where_nothing_decides():
         yield np.ones(3), np.ones(4)
 
     spec = tf.TensorSpec((None,))
-    lengths = tf.data.Dataset.from_generator(make, output_signature=({"a": spec, "x": spec},))
     lengths = tf.data.Dataset.from_generator(
         lambda: ({"a": a, "x": x} for a, x in make()), output_signature={"a": spec, "x": spec}
     )
@@ -680,7 +681,9 @@ def test_the_right_call_works_after_a_call_that_failed(fails):
 
     expected, weights = train("")
     history, others = train(fails)
-    assert history == pytest.approx(expected, rel=1e-5)
+    assert history.keys() == expected.keys()
+    for name, values in history.items():
+        assert values == pytest.approx(expected[name], rel=1e-5), name
     for one, other in zip(weights, others, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
@@ -762,7 +765,7 @@ def test_rows_that_broadcast_against_a_state_are_an_error():
     trainer = looplab.Trainer(lambda x: x @ kernel + state, optimizer="sgd", loss="mse")
     with pytest.raises(ValueError, match="the model returns 8 rows for a batch of 1: a stateful model"):
         trainer.predict(X[:17], batch_size=8, verbose=0)
-    with pytest.raises(ValueError, match="the model returns 8 rows for a batch of as many as y has|one shape"):
+    with pytest.raises(ValueError, match="The model returns 8 rows for a batch of as many as y has"):
         trainer.fit(X[:17], BITS[:17], batch_size=8, verbose=0)
 
 
@@ -795,7 +798,7 @@ def holders():
     def stack():
         things = iter([dense(), keras.optimizers.Adam(0.1)])
         kept = tuple(things)
-        table = {number: thing for number, thing in enumerate(kept)}.get
+        table = dict(enumerate(kept)).get
         return lambda: table(0), lambda: table(1)
 
     return {f.__name__: f for f in (closure, plain_object, generator, stack)}
