@@ -98,11 +98,11 @@ class Traces(Logs):
 
     def _step_function(self, kind: str) -> Callable[[Any], Any]:
         """The method of a kind of step; of a `tf.function`, the Python function, because looplab traces it itself."""
-        step = getattr(self, f"{kind}_step")
+        name = f"{kind}_step"
+        step = inspect.getattr_static(self, name)
         if isinstance(step, tf.types.experimental.PolymorphicFunction):
-            function = step.python_function
-            return function if inspect.ismethod(function) else functools.partial(function, self)
-        return step
+            return step.python_function if name in vars(self) else types.MethodType(step.python_function, self)
+        return getattr(self, name)
 
     def _traced_once(self, kind: str, options: Any, element_spec: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns: made anew for other options or data, or when what it depends on has changed."""

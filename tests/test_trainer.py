@@ -2,6 +2,9 @@
 
 import gc
 import json
+import os
+import signal
+import threading
 
 import keras
 import numpy as np
@@ -381,6 +384,22 @@ def test_stop_training_ends_in_mid_epoch(line):
     history = trainer.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=[Stop()])
     assert trainer.steps == 5
     assert len(history.history["loss"]) == 1
+
+
+def test_after_an_interrupt_without_a_log_dir_counters_agree_with_the_optimizer(line):
+    """Ctrl-C comes while a graph call of many steps runs."""
+    x, y = line
+    trainer = looplab.Trainer(functional(), optimizer="adam", loss="mse", steps_per_execution=10**6)
+    trainer.fit(x, y, batch_size=1, verbose=0)
+    interrupt = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(x, y, batch_size=1, steps_per_epoch=10**6, epochs=1, verbose=0)
+    interrupt.join()
+    assert 100 < trainer.steps < 10**6
+    assert trainer.steps == int(trainer.optimizer.iterations)
+    trainer.fit(x, y, batch_size=10, verbose=0)
+    assert trainer.steps == int(trainer.optimizer.iterations)
 
 
 def test_stop_training_before_the_first_step_does_one_as_in_keras(line):

@@ -1,0 +1,243 @@
+"""What goes wrong in a step: looplab's errors are short and say what to do, and the users' own stay their own."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import looplab
+
+X = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
+Y = X[:, :1]
+
+
+def functional():
+    return keras.Sequential([keras.Input((3,)), layers.Dense(1, name="dense")])
+
+
+class Model(keras.Model):
+    def __init__(self, raises=None, **options):
+        super().__init__(**options)
+        self.dense, self.raises = layers.Dense(1), raises
+
+    def call(self, x):
+        if self.raises is not None:
+            raise self.raises
+        return self.dense(x)
+
+
+class OptionError(Exception):
+    pass
+
+
+OWN = {
+    "ValueError": ValueError("the option `heads` must divide the width"),
+    "a shape's": ValueError("expected 4 heads, got 3"),
+    "TypeError": TypeError("no such option"),
+    "KeyError": KeyError("option"),
+    "of a class of its own": OptionError("no such option"),
+    "RuntimeError": RuntimeError("the service is down"),
+}
+
+
+@pytest.mark.parametrize("error", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("call", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_error_of_the_model_stays_what_it_is(error, call, eager):
+    trainer = looplab.Trainer(Model(error), optimizer="sgd", loss="mse", run_eagerly=eager)
+    arguments = [X] if call == "predict" else [X, Y]
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (TensorFlow raises some as another type)
+        getattr(trainer, call)(*arguments, verbose=0)
+    assert str(error.args[0]) in str(caught.value)
+    assert not isinstance(error, (ValueError, TypeError, RuntimeError)) or isinstance(caught.value, type(error))
+    for advice in ("does not fit", "Bring it", "batch the data set", "run_eagerly"):
+        assert advice not in str(caught.value)
+
+
+class Branching(looplab.Trainer):
+    what = ""
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            p = self(x, training=True)
+            loss = tf.reduce_mean((p - y) ** 2)
+        if self.what == "nested":
+            self.minimize(tape, loss, [self.model.trainable_variables, []])
+        elif self.what == "dict":
+            self.minimize(tape, loss, [{"dense": self.model.trainable_variables}])
+        else:
+            self.minimize(tape, loss)
+        if self.what == "if" and loss > 0:
+            self.log("big", loss)
+        if self.what == "for":
+            for _ in tf.range(3):
+                self.log("again", loss)
+        if self.what == "image" and loss > 0:
+            self.log_image("image", tf.zeros((1, 2, 2, 1)))
+        return {"loss": loss}
+
+
+def branching(what):
+    trainer = Branching(functional(), optimizer="sgd")
+    trainer.what = what
+    return trainer.fit(X, Y, verbose=0)
+
+
+class AddsInBranch(keras.Model):
+    def call(self, x):
+        tf.cond(tf.reduce_sum(x) > 0, lambda: self.add_loss(tf.reduce_sum(x)), lambda: None)
+        return x
+
+
+class Forgets(looplab.Trainer):
+    def __init__(self, model):
+        self.net = model
+
+
+class UsesEarly(looplab.Trainer):
+    def __init__(self, model):
+        self.first = self.optimizer
+        super().__init__(model)
+
+
+class NoTest(looplab.Trainer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.net = functional()
+
+    def train_step(self, batch):
+        return {"loss": tf.reduce_mean((self.net(batch[0]) - batch[1]) ** 2)}
+
+
+def single(x, y):
+    return tf.data.Dataset.from_tensor_slices((x, y))
+
+
+def trainer(model=None, **options):
+    return looplab.Trainer(functional() if model is None else model, **{"optimizer": "sgd", "loss": "mse", **options})
+
+
+ERRORS = {
+    "a value logged in a condition": (
+        lambda: branching("if"),
+        ["`log` got 'big' inside a tensor condition", "Log it outside", "`tf.where"],
+    ),
+    "a value logged in a loop": (lambda: branching("for"), ["`log` got 'again' inside a tensor condition or loop"]),
+    "an image logged in a condition": (lambda: branching("image"), ["`log_image` got 'image' inside"]),
+    "a loss added in a condition": (
+        lambda: trainer(AddsInBranch(name="adds")).fit(X, Y, verbose=0),
+        ["adds' calls `add_loss` inside a tensor condition", "Call it outside"],
+    ),
+    "nested variables": (
+        lambda: branching("nested"),
+        ["`variables` must be a flat list", "list came at index 0", "[*a.trainable_variables"],
+    ),
+    "variables in a dict": (lambda: branching("dict"), ["`variables` must be a flat list", "dict came at index 0"]),
+    "a forgotten super().__init__()": (
+        lambda: Forgets(functional()).fit(X, Y),
+        ["`Forgets.__init__` must call `super().__init__(...)`"],
+    ),
+    "a late super().__init__()": (
+        lambda: UsesEarly(functional()),
+        ["`UsesEarly.__init__` must call `super().__init__(...)` before"],
+    ),
+    "validation without test_step": (
+        lambda: NoTest().fit(X, Y, validation_data=(X, Y), verbose=0),
+        ["`validation_data` needs `NoTest` to override `test_step`", "no `model`"],
+    ),
+    "evaluation without test_step": (lambda: NoTest().evaluate(X, Y, verbose=0), ["`evaluate` needs `NoTest` to"]),
+    "an unbatched data set": (
+        lambda: trainer().fit(single(X, Y), verbose=0),
+        ["`x` of shape (3,)", "takes (None, 3)", "single example", "`dataset.batch(32)`"],
+    ),
+    "an unbatched data set of numbers": (
+        lambda: trainer(Model()).fit(single(X[:, None], Y[:, 0]), verbose=0),
+        ["`y` is a single number", "`dataset.batch(32)`"],
+    ),
+    "an unbatched data set to predict": (
+        lambda: trainer().predict(tf.data.Dataset.from_tensor_slices(X), verbose=0),
+        ["single example", "`dataset.batch(32)`"],
+    ),
+    "a generator": (
+        lambda: trainer().fit((x for x in [(X, Y)]), verbose=0),
+        ["generator came", "a function that starts it anew", "from_generator(make_batches"],
+    ),
+    "outputs and targets of different structures": (
+        lambda: trainer(two_outputs()).fit(X, [Y, Y, Y], verbose=0),
+        ["`loss`, `y` must have the structure of the model's outputs, [(None, 1), (None, 1)]"],
+    ),
+    "losses of unknown outputs": (
+        lambda: trainer(two_outputs(), loss={"a": "mse", "c": "mse"}).fit(X, [Y, Y], verbose=0),
+        ["`loss`, `y` must have the structure of the model's outputs", "{'a': 'mse', 'c': 'mse'}"],
+    ),
+    "loss weights of another number": (
+        lambda: trainer(two_outputs(), loss_weights=[1.0, 2.0, 3.0]).fit(X, [Y, Y], verbose=0),
+        ["`loss_weights`", "must have the structure of the model's outputs", "[1.0, 2.0, 3.0]"],
+    ),
+    "metrics of unknown outputs": (
+        lambda: trainer(two_outputs(), metrics={"c": ["mae"]}).fit(X, [Y, Y], verbose=0),
+        ["`y`, `metrics` must have the structure of the model's outputs", "{'c': ['mae']}"],
+    ),
+}
+
+
+def two_outputs():
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, [layers.Dense(1, name=name)(inputs) for name in "ab"])
+
+
+@pytest.mark.parametrize(("call", "needles"), ERRORS.values(), ids=ERRORS)
+def test_an_error_says_what_to_do_without_frames_of_libraries(call, needles):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        call()
+    text = str(caught.value)
+    assert isinstance(caught.value, (ValueError, TypeError, AttributeError)), repr(caught.value)
+    assert [needle for needle in needles if needle not in text] == [], text
+    assert "in user code" not in text
+    files = [str(entry.path) for entry in caught.traceback]
+    assert not [file for file in files if "tensorflow" in file or "/keras/" in file], files
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_step_that_is_a_tf_function_is_a_step(eager):
+    class Plain(looplab.Trainer):
+        def train_step(self, batch):
+            return {**super().train_step(batch), "twice": 2 * tf.reduce_sum(batch[0])}
+
+        def test_step(self, batch):
+            return super().test_step(batch)
+
+    class Decorated(looplab.Trainer):
+        @tf.function
+        def train_step(self, batch):
+            return {**super().train_step(batch), "twice": 2 * tf.reduce_sum(batch[0])}
+
+        @tf.function(reduce_retracing=True)
+        def test_step(self, batch):
+            return super().test_step(batch)
+
+        @tf.function
+        def predict_step(self, batch):
+            return super().predict_step(batch)
+
+    def run(kind):
+        keras.utils.set_random_seed(0)
+        made = kind(functional(), optimizer="adam", loss="mse", metrics=["mae"], run_eagerly=eager)
+        history = made.fit(X, Y, batch_size=7, epochs=2, validation_data=(X, Y), shuffle=False, verbose=0).history
+        return history, made.predict(X, verbose=0).tolist()
+
+    assert run(Decorated) == run(Plain)
+
+
+def test_the_advice_about_generators_works():
+    def make_batches():
+        for first in range(0, 20, 5):
+            yield X[first : first + 5], Y[first : first + 5]
+
+    signature = (tf.TensorSpec((None, 3)), tf.TensorSpec((None, 1)))
+    data = tf.data.Dataset.from_generator(make_batches, output_signature=signature)
+    history = trainer(optimizer=keras.optimizers.SGD(0.0)).fit(data, epochs=3, verbose=0).history
+    assert len(history["loss"]) == 3
+    assert history["loss"] == pytest.approx([history["loss"][0]] * 3)
