@@ -161,6 +161,53 @@ def test_evaluation_leaves_everything_as_it_was(line):
     assert first["loss"] == pytest.approx(float(np.mean((trainer.predict(x) - y) ** 2)), rel=1e-5)
 
 
+class Jitter(layers.Layer):
+    """Adds noise, in evaluation too, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(0)
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return x + 0.01 * keras.random.normal(tf.shape(x), seed=self.seed_generator)
+
+
+@pytest.mark.parametrize("reads", ["evaluate", "predict"])
+def test_reading_in_another_thread_changes_no_bit_of_a_training(line, reads):
+    x, y = line
+
+    def run(with_reader):
+        keras.utils.set_random_seed(0)
+        parts = [layers.Dense(4, name="h"), layers.BatchNormalization(), Jitter(), layers.Dense(1, name="o")]
+        model = keras.Sequential([keras.Input((4,)), *parts])
+        trainer = looplab.Trainer(model, optimizer="adam", loss="mse", metrics=["mae"], seed=0)
+        stop, read = threading.Event(), []
+
+        def reader():
+            while not stop.is_set():
+                if reads == "evaluate":
+                    read.append(trainer.evaluate(x[:20], y[:20], batch_size=8, verbose=0)["loss"])
+                else:
+                    read.append(trainer.predict(x[:3], verbose=0))
+
+        thread = threading.Thread(target=reader)
+        if with_reader:
+            thread.start()
+        history = trainer.fit(x, y, batch_size=8, epochs=8, validation_data=(x, y), verbose=0).history
+        stop.set()
+        if with_reader:
+            thread.join()
+            assert len(read) > 2
+        return history, [np.asarray(variable) for variable in model.variables]
+
+    (history, variables), (served_history, served) = run(False), run(True)
+    assert served_history == history
+    for one, other in zip(variables, served, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_history_matches_model_fit(line):
     """With the same weights and order, Keras's own loop tells the same numbers."""
     x, y = line
