@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from looplab.tracking import plain
+
 _READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape")
 
 
@@ -82,7 +84,7 @@ class Copies:
 
     def of(self, variable: Any) -> tf.Variable | None:
         """The copy of a Keras or TensorFlow variable, if the function changes it."""
-        return next((copy for original, copy in self.pairs if original is getattr(variable, "value", variable)), None)
+        return next((copy for original, copy in self.pairs if original is plain(variable)), None)
 
 
 def _only_read(operation: tf.Operation) -> Collection[int]:
