@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from looplab.graphs import Copies, trace, written_variables
+from looplab.graphs import Copies, releasable, trace, written_variables
 from looplab.metrics import Source
 
 
@@ -170,7 +170,7 @@ class Loop:
 
         `tf.function` lets a step make variables, but not variables with a copy on each replica.
         """
-        with tf.__internal__.FuncGraph("variables").as_default():
+        with releasable, tf.__internal__.FuncGraph("variables").as_default():
             one_replica = tf.nest.map_structure(_of_one_replica, self.element_spec)
             batch = tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), one_replica)
             self._strategy.run(self._step, (batch, tf.constant(1, tf.int64)))

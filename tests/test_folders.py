@@ -136,7 +136,13 @@ def test_printed_commands_can_be_copied_and_an_ascii_terminal_ends_nothing(tmp_p
 
     logs = tmp_path / "Läufe von 'heute' (1)"
     line = next(line for line in run("utf-8", "--log-dir", logs / "1").splitlines() if "tensorboard" in line)
-    assert shlex.split(line.removeprefix("To watch it: ")) == ["tensorboard", "--logdir", str(logs), "--samples_per_plugin", "scalars=999999999"]
+    assert shlex.split(line.removeprefix("To watch it: ")) == [
+        "tensorboard",
+        "--logdir",
+        str(logs),
+        "--samples_per_plugin",
+        "scalars=999999999",
+    ]
     logs = tmp_path / os.fsdecode(b"L\xe4ufe")  # a name in Latin-1
     assert "gr\\xf6\\xdfe: " in run("ascii", "--log-dir", logs / "1")
     assert "epoch 2/2" in run("ascii", "--resume", logs / "1", "--epochs", "2")
