@@ -18,23 +18,29 @@ _READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableSha
 def trace(function: Callable[..., Any], *specs: Any, jit_compile: bool = False) -> Any:
     """The `tf.function` of a function, traced for these signatures.
 
-    Variables that it creates get their values at once, outside of the graph. So none is left without a value where the
-    trace fails, and it is traced once. The graph is released with the function.
+    Variables that it creates get their values at once, outside of the graph, so none is left without a value where the
+    trace fails. Like `tf.function`, this traces once more if any were created: what is not built yet may have been
+    traced in another way, such as the scale of a `LossScaleOptimizer`. The graph is released with the function.
     """
+    created: list[tf.Variable] = []
+
+    def create(next_creator: Callable[..., tf.Variable], **options: Any) -> tf.Variable:
+        if tf.is_symbolic_tensor(options.get("initial_value")):  # which only the graph can compute
+            return next_creator(**options)
+        with tf.init_scope():
+            created.append(next_creator(**{**options, "experimental_enable_variable_lifting": False}))
+        return created[-1]
 
     def creating(*arguments: Any) -> Any:
-        with tf.variable_creator_scope(_create_outside):
+        with tf.variable_creator_scope(create):
             return function(*arguments)
 
-    with releasable:
-        return tf.function(creating, jit_compile=jit_compile or None).get_concrete_function(*specs)
+    def traced() -> Any:
+        with releasable:
+            return tf.function(creating, jit_compile=jit_compile or None).get_concrete_function(*specs)
 
-
-def _create_outside(next_creator: Callable[..., tf.Variable], **options: Any) -> tf.Variable:
-    if tf.is_symbolic_tensor(options.get("initial_value")):  # which only the graph can compute
-        return next_creator(**options)
-    with tf.init_scope():
-        return next_creator(**{**options, "experimental_enable_variable_lifting": False})
+    concrete = traced()
+    return traced() if created else concrete
 
 
 def _registering(

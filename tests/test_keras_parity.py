@@ -358,21 +358,6 @@ def test_trainer_computes_what_keras_computes(name):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {**MAE, "weighted_metrics": ["mae", "mse"]},
-        {"loss": ["mse", "mae"], "loss_weights": [1.0, 2.0], "weighted_metrics": [["mse"], None]},
-    ],
-)
-def test_a_compiled_model_is_used_as_it_is(settings):
-    several = isinstance(settings["loss"], list)
-    row = Row(two, (x, [y, y2]), settings, weight=w) if several else Row(one, (x, y), settings, weight=w)
-    model = prepared(row, compiled)
-    model.run_eagerly = False
-    compare(row, looplab.Trainer(model), prepared(row, compiled))
-
-
-@pytest.mark.parametrize(
     ("row", "ours", "theirs"),
     [  # Keras aligns weights with the last axis, and classes with the last label of each example
         (Row(per_step, (series, y_series)), {"sample_weight": w}, {"sample_weight": w[:, None]}),
