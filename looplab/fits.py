@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_MOST_BYTES = 2**26  # that are read
 
 
 class Fits:
@@ -32,8 +35,8 @@ class Fits:
         """Writes the line of the call before."""
         if self._newest is not None and self._path is not None:
             line, self._newest = self._newest.encode(), None
-            with open(self._path, "r+b" if self._path.exists() else "w+b") as file:
-                file.truncate(min(self.bytes, self._path.stat().st_size))
+            with self._open(os.O_RDWR | os.O_CREAT) as file:
+                file.truncate(min(self.bytes, os.fstat(file.fileno()).st_size))
                 file.seek(0, os.SEEK_END)
                 file.write(line)
                 self.bytes = file.tell()
@@ -45,13 +48,25 @@ class Fits:
     def history(self, number: int) -> dict[str, Any]:
         """The history of a complete call (from 0); {} where the file does not have it."""
         try:
-            assert self._path is not None
-            with open(self._path, encoding="utf-8") as file:
-                found = [line for line in map(json.loads, file) if line["fit"] == number]
-            return {str(name): list(values) for name, values in found[-1]["history"].items()}
-        except (AttributeError, IndexError, KeyError, OSError, RecursionError, TypeError, ValueError):
+            with self._open(os.O_RDONLY) as file:
+                lines = file.read(_MOST_BYTES).splitlines()
+            line = next(line for line in lines if line.startswith(b'{"fit": %d,' % number))
+            return {str(name): list(values) for name, values in json.loads(line)["history"].items()}
+        except (AttributeError, KeyError, OSError, RecursionError, StopIteration, TypeError, ValueError):
             return {}
+
+    def _open(self, flags: int) -> IO[bytes]:
+        """The file: no link, and nothing that one would wait for."""
+        assert self._path is not None
+        file = open(
+            os.open(self._path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b" if flags & os.O_RDWR else "rb"
+        )
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError(f"{self._path} is not a file. Remove it, or pass another `log_dir`.")
+        return file
 
     def files(self) -> list[Path]:
         """The file, if there is one."""
-        return [] if self._path is None or not self._path.exists() else [self._path]
+        path = self._path
+        return [path] if path is not None and path.is_file() and not path.is_symlink() else []

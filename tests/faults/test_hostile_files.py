@@ -433,7 +433,7 @@ HOSTILE = {
     },
     "header nested deeply": lambda place: place.write_header(nested(1_000_000)),
     "value nested as deeply as can be read": lambda place: place.write(
-        STATE, json.dumps(place.state() | {"finished": "HERE"}).encode().replace(b'"HERE"', nested(900))
+        STATE, json.dumps(place.state() | {"note": "HERE"}).encode().replace(b'"HERE"', nested(900))
     ),
     "manifest of a megabyte": lambda place: (place.newest / MANIFEST).write_bytes(many(b"1", 2**20)),
     "state of 60 MiB of dicts": lambda place: place.write(STATE, many(b"{}", 60 * 2**20)),
@@ -543,9 +543,12 @@ OF_THE_STATE = {
     "test_steps": ["0", None, -1, float("inf")],
     "skipped_steps": ["0", None, [0]],
     "seed": ["1", None, float("nan"), [1]],
-    "stopped": ["no", None],
+    "stopped_by": [True, None, ["EarlyStopping"]],
+    "fits_bytes": ["0", None, -1, 1.5],
+    "epochs_asked": ["2", None, -1, float("inf")],
+    "callback_settings": [None, [], {"History": 3}],
+    "appended": [None, 3, [], {"CSVLogger.csv_file": "0"}, {"CSVLogger.csv_file": -1}],
     "fit": ["0", None, -1, float("nan"), []],
-    "finished": [None, 3, {}, ["a"], [[1]], "all"],
     "epoch": ["2", None, -1, 10**30, float("nan"), float("inf")],
     "in_epoch": ["yes", None],
     "batch": ["0", None, -1, 10**30, float("inf")],
@@ -687,6 +690,20 @@ def test_what_has_the_name_of_a_checkpoint_does_not_stop_a_run(thing, where, sav
     assert place.elsewhere() == elsewhere
     saved, skipped = Checkpoints(place.run / "checkpoints", looplab.Checkpoint()).newest()
     assert (saved.path.name, skipped) == ("step-9-epoch-3", [])
+
+
+@pytest.mark.parametrize("thing", ["link to a folder elsewhere", "link to nothing", "FIFO", "empty folder"])
+def test_histories_are_not_written_through_what_has_the_name_of_their_file(thing, saved_run, tmp_path):
+    place = Place(tmp_path, saved_run[0])
+    IN_THE_WAY[thing](place.run / "fits.jsonl", place)
+    elsewhere = place.elsewhere()
+    trainer = make_trainer(place.run)
+    with bounded(place.run), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        go_on(trainer)
+        with pytest.raises(OSError, match="fits.jsonl"):
+            go_on(trainer)
+    assert place.elsewhere() == elsewhere
 
 
 # Models and weights.
