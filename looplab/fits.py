@@ -58,13 +58,11 @@ class Fits:
     def _open(self, flags: int) -> IO[bytes]:
         """The file: no link, and nothing that one would wait for."""
         assert self._path is not None
-        file = open(
-            os.open(self._path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b" if flags & os.O_RDWR else "rb"
-        )
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        descriptor = os.open(self._path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             raise OSError(f"{self._path} is not a file. Remove it, or pass another `log_dir`.")
-        return file
+        return open(descriptor, "r+b" if flags & os.O_RDWR else "rb")
 
     def files(self) -> list[Path]:
         """The file, if there is one."""

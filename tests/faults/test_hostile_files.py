@@ -701,7 +701,7 @@ def test_histories_are_not_written_through_what_has_the_name_of_their_file(thing
     with bounded(place.run), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         go_on(trainer)
-        with pytest.raises(OSError, match="fits.jsonl"):
+        with pytest.raises(OSError, match=r"fits\.jsonl"):
             go_on(trainer)
     assert place.elsewhere() == elsewhere
 
