@@ -14,6 +14,7 @@ import tensorflow as tf
 from looplab import data
 from looplab.arrays import unpack
 from looplab.callbacks import hooked_to_batches
+from looplab.errors import raise_own
 from looplab.fits import Fits
 from looplab.guard import Fault
 from looplab.loop import CallLogs, Loop, Pace
@@ -87,8 +88,9 @@ class Epochs(Traces):
                 first = 1 + (self.steps if kind == "train" else done)
                 try:
                     logs = loop(iterator, asked, first, progress.in_a_row, self.skip_nonfinite)
-                except BaseException:
+                except BaseException as error:
                     self._batch_metrics.reset()  # a step may not have ended
+                    raise_own(error)
                     raise
             pace.took(logs.done, time.time() - began)
             if kind == "train" and logs.done and logs.scalars.get(self._bounded, [0])[0] > 1:
