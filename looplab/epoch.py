@@ -20,7 +20,7 @@ from looplab.guard import Fault
 from looplab.loop import CallLogs, Loop, Pace
 from looplab.metrics import Means
 from looplab.tracing import Traces
-from looplab.tracking import of_each_replica, to_numpy
+from looplab.tracking import of_each_replica, plain, to_numpy
 from looplab.warn import warn
 
 T = TypeVar("T")
@@ -74,6 +74,7 @@ class Epochs(Traces):
                 may do at most.
         """
         hooks = hooked_to_batches(callbacks.callbacks, kind)
+        watches = any(not getattr(hook, "stateless", False) for hook in hooks)
         pace = Pace(self._pace(hooks))
         skipped = 0
         most = between(progress.done)
@@ -84,6 +85,8 @@ class Epochs(Traces):
             if asked == 1:
                 for hook in hooks:
                     getattr(hook, f"on_{kind}_batch_begin")(done, {})
+            if watches and not loop.eager:  # a callback may have frozen a layer
+                loop = self._prepared(kind, loop.element_spec, loop.eager)
             with self._recording() if loop.eager else contextlib.nullcontext():
                 first = 1 + (self.steps if kind == "train" else done)
                 try:
@@ -106,14 +109,11 @@ class Epochs(Traces):
             told = logs.first(logs.done - 1) if stopped else logs
             self._count(kind, loop, progress, told, folder, began)
             if hooks:
-                watches = any(not getattr(hook, "stateless", False) for hook in hooks)
                 hidden = loop.meaning.rates | loop.meaning.parts
                 with self._shown(loop, hooks):
                     self._replay(kind, hooks, told, done, hidden, begin=asked > 1)
             if stopped:
                 raise self._fault(kind, batches.name, progress, logs)
-            if hooks and watches and not loop.eager:  # a callback may have frozen a layer
-                loop = self._prepared(kind, loop.element_spec, loop.eager)
             skipped += int((~clean).sum())
             progress.ended = logs.done < asked and not bool(logs.batch.has_value())
             if progress.ended and batches.steps is not None:
@@ -208,7 +208,7 @@ class Epochs(Traces):
             callbacks.on_test_begin()
             iterator = batches.iterate(0)
             results, parts = self._run("test", loop, iterator, batches, Progress(), callbacks, folder, between)
-            with self._shown(loop, callbacks.callbacks):
+            with self._shown(loop, callbacks.callbacks, results.get("loss")):
                 callbacks.on_test_end(results)
         return results, parts
 
@@ -221,6 +221,7 @@ class Epochs(Traces):
                 yield
             return
         with loop.copies.lock:
+            before = [to_numpy(copy) for _, copy in loop.copies.pairs]  # of an evaluation that this one is within
             loop.copies.refresh()
             with keras.StatelessScope() as fresh:
                 self._reset_metrics()
@@ -230,7 +231,11 @@ class Epochs(Traces):
                     copy = loop.copies.of(part)
                     if copy is not None and value is not None:
                         copy.assign(value)
-            yield
+            try:
+                yield
+            finally:
+                for (_, copy), value in zip(loop.copies.pairs, before, strict=True):
+                    copy.assign(value)
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -241,6 +246,10 @@ class Epochs(Traces):
         finally:
             for variable, value in kept:
                 variable.assign(value)
+            known = {id(plain(variable)) for variable, _ in kept}
+            for metric in self.metrics:  # those that were built within
+                if any(id(plain(variable)) not in known for variable in metric.variables):
+                    metric.reset_state()
 
     def _in_scope(self, loop: Loop) -> contextlib.AbstractContextManager:
         """Within it, in this thread, metrics are what the loop's pass made of them."""
@@ -250,20 +259,26 @@ class Epochs(Traces):
         return keras.StatelessScope([(v, tf.convert_to_tensor(copy)) for v, copy in copies if copy is not None])
 
     @contextlib.contextmanager
-    def _shown(self, loop: Loop, viewers: Sequence[Any]) -> Iterator[None]:
+    def _shown(self, loop: Loop, viewers: Sequence[Any], loss: float | None = None) -> Iterator[None]:
         """Within it, metrics are what the loop's pass made of them, for callbacks that look at them."""
-        shown = []
-        if any(not getattr(viewer, "stateless", False) for viewer in viewers):
+        shown: list[tuple[Any, Any]] = []
+        is_watched = any(not getattr(viewer, "stateless", False) for viewer in viewers)
+        if is_watched:
             parts = [part for v in self._metric_variables() for part in of_each_replica(v).values()]
-            copies = [(part, loop.copies.of(part)) for part in parts]
-            shown = [(part, copy, to_numpy(part)) for part, copy in copies if copy is not None]
-        for part, copy, _ in shown:
-            part.assign(copy)
+            shown = [(part, copy) for part in parts if (copy := loop.copies.of(part)) is not None]
+        mean = self._compiled.metrics[0]
+        kept = [(variable, to_numpy(variable)) for variable, _ in shown]
+        if is_watched and loss is not None and mean not in self._batch_metrics.updated["test"]:
+            kept += [(variable, to_numpy(variable)) for variable in mean.variables]
+            mean.reset_state()
+            mean.update_state(loss)
+        for variable, copy in shown:
+            variable.assign(copy)
         try:
             yield
         finally:
-            for part, _, before in shown:
-                part.assign(before)
+            for variable, value in kept:
+                variable.assign(value)
 
     def _metric_variables(self) -> list[Any]:
         return [variable for metric in self.metrics for variable in metric.variables]

@@ -11,13 +11,15 @@ def raise_own(error: BaseException) -> None:
     """Raises an error of looplab's anew, from here, if TensorFlow or Keras have wrapped one.
 
     While a step is traced, they wrap each error, and dozens of their frames hide the cause. The errors of users and of
-    other libraries stay as they are.
+    other libraries stay as they are, of the type that they were.
     """
     origin: BaseException | None = error
     while origin is not None and (_raised_in(origin) in ("tensorflow", "keras") or str(origin).startswith(_WRAPPED)):
         origin = origin.__context__
     if isinstance(origin, (TypeError, ValueError)) and _raised_in(origin) == "looplab":
         raise origin.with_traceback(None) from origin.__cause__
+    if origin is not None and type(error).__name__ == "StagingError":  # AutoGraph's, for types that it cannot make
+        raise origin
 
 
 def _raised_in(error: BaseException) -> str:

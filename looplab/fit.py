@@ -280,8 +280,8 @@ class Fit:
         """The callback that stopped the training; "" where none did."""
         if not self.trainer.stop_training:
             return ""
-        known = (type(c).__name__ for c in self.callbacks.callbacks if getattr(c, "stopped_epoch", 0))
-        return next(known, "a callback")
+        by_key = state.by_key(self.callbacks.callbacks)
+        return next((key for key, c in by_key.items() if getattr(c, "stopped_epoch", 0)), "a callback")
 
     def _callback_states(self) -> dict[str, Any]:
         return state.changed(state.attributes(self.callbacks.callbacks), *self._at_first)

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.hooks import Hooks
+from looplab.tracking import is_users
 
 _thread = threading.local()  # .step: the step that runs in this thread, which is one replica
 
@@ -26,6 +27,8 @@ class Source(NamedTuple):
     keys: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
+        if self.keys and self.metric.name == "compile_metrics":  # Keras's own, which holds those of `metrics`
+            return f"{'/'.join(map(str, self.keys))!r} of `metrics`"
         entry = f"entry {'/'.join(map(str, self.keys))!r} of " if self.keys else ""
         return f"{entry}the result of metric '{self.metric.name}'"
 
@@ -57,6 +60,8 @@ class BatchMetrics:
         # By kind of step; what an earlier trace has seen stays, because an inner `tf.function` is traced once.
         self.updated: dict[str, list[keras.Metric]] = {"train": [], "test": []}
         self.copies: dict[int, _Copy] = {}  # by the variable's identity
+        self.meanings: dict[str, Any] = {}
+        """What the scalars of each kind of step are, as it last ran or was traced."""
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -135,6 +140,7 @@ class _Step:
         self.results: dict[int, tuple[Any, Source]] = {}  # by identity, with the value, so that it stays one
         self._touched: set[int] = set()  # the variables whose copies this step changed, by identity
         self._is_within = False
+        self._graph = tf.compat.v1.get_default_graph()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -165,6 +171,12 @@ class _Step:
     def result(self, metric: keras.Metric, result: Callable[[], Any]) -> Any:
         if self._is_within:
             return result()
+        graph = tf.compat.v1.get_default_graph()
+        if graph is not self._graph and type(graph).__name__ == "FuncGraph":  # those of branches are of other classes
+            raise ValueError(
+                f"`result` of metric '{metric.name}' is called in an inner `tf.function`, whose outputs looplab cannot "
+                f"tell apart. Call it in the step itself, or remove the decorator: looplab traces the step."
+            )
         self.asked.append(metric)
         of_batch = any(metric is known for known in self.updated) or self._touched & {*map(id, metric.variables)}
         with self.alone():
@@ -229,10 +241,7 @@ def _python_state(metric: keras.Metric) -> dict[tuple[str, str], Any]:
             continue
         seen.add(id(one))
         pending += [inner for inner in keras.tree.flatten(list(vars(one).values())) if isinstance(inner, keras.Metric)]
-        for name, value in vars(one).items():
-            if isinstance(value, tf.Variable):
-                raise ValueError(f"Metric '{one.name}' holds a `tf.Variable`. Make its state with `self.add_variable`.")
-            found[one.name, name] = _snapshot(value)
+        found |= {(one.name, name): _snapshot(one.name, value) for name, value in vars(one).items()}
     return found
 
 
@@ -245,16 +254,25 @@ def _check_python_state(before: dict[tuple[str, str], Any], after: dict[tuple[st
             )
 
 
-def _snapshot(value: Any) -> Any:
-    if isinstance(value, dict):
-        return [(key, _snapshot(inner)) for key, inner in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-        return [*map(_snapshot, value)]
-    if isinstance(value, np.ndarray):
-        return value.shape, value.tobytes()
+def _snapshot(metric: str, value: Any, depth: int = 0) -> Any:
+    """A value in a form that can be compared; None of what holds no state of the metric's."""
+    if isinstance(value, tf.Variable):
+        raise ValueError(f"Metric '{metric}' holds a `tf.Variable`. Make its state with `self.add_variable`.")
     if isinstance(value, (bool, int, float, complex, str, bytes)):
         return repr(value)  # NaN is itself
-    return id(value) if tf.is_tensor(value) and not isinstance(value, keras.Variable) else None
+    if isinstance(value, np.ndarray):
+        return value.shape, value.tobytes()
+    if isinstance(value, (keras.Variable, keras.Metric, keras.Layer)) or depth > 5:
+        return None
+    if tf.is_tensor(value):
+        return id(value)
+    if isinstance(value, dict):
+        return [(key, _snapshot(metric, inner, depth + 1)) for key, inner in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        return [_snapshot(metric, inner, depth + 1) for inner in value]
+    if is_users(type(value)) and hasattr(value, "__dict__"):
+        return _snapshot(metric, vars(value), depth + 1)
+    return None
 
 
 def _is_scalar(value: Any) -> bool:

@@ -152,7 +152,7 @@ def target_kind(loss: Any) -> str | None:
     kind, _ = _kind(loss)
     if kind == "sparse":
         return "sparse"
-    if kind in ("binary", None) and _is_pointwise(loss):
+    if kind == "binary":
         return "elementwise"
     return "categorical" if kind in ("categorical", "part") else None
 

@@ -27,15 +27,16 @@ class Resumed:
     def is_complete(self, epochs: int, callback_settings: dict[str, dict[str, str]]) -> bool:
         """Whether nothing is left to train, by the epochs and the callbacks of this call.
 
-        A call that a callback stopped continues if it asks for more epochs, or that callback has other settings.
+        A call that a callback stopped continues if it asks for more epochs, or the callback has other settings.
         """
         if self.saved is None:
             return False
         tree = self.saved.tree
         if not self.is_stopped:
             return not tree["in_epoch"] and tree["epoch"] >= epochs
-        settings = [known.get(tree["stopped_by"]) for known in (callback_settings, tree["callback_settings"])]
-        asks_the_same = epochs <= tree["epochs_asked"] and settings[0] == settings[1]
+        now, then, key = callback_settings, tree["callback_settings"], tree["stopped_by"]
+        same_settings = now.get(key) == then[key] if key in then else now == then
+        asks_the_same = epochs <= tree["epochs_asked"] and same_settings
         return asks_the_same or tree["epoch"] >= epochs
 
     def report(self, epochs: int, callback_settings: dict[str, dict[str, str]]) -> list[str]:

@@ -122,7 +122,7 @@ class Steps(Tracked):
             raise AttributeError(
                 f"`{type(self).__name__}.__init__` must call `super().__init__(...)` before `{name}` is used."
             )
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return object.__getattribute__(self, name)  # raises what a property raised
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
         """The loss of a batch, a scalar: `loss` of the targets, and all that the model calls before added to it.
@@ -263,14 +263,17 @@ class Steps(Tracked):
         with listening_to_layers, plausible.listening, watching:
             yield
 
-    def _run_step(self, kind: str, step: Callable[[Any], Any], batch: Any, number: tf.Tensor) -> StepLogs:
+    def _run_step(
+        self, kind: str, step: Callable[[Any], Any], element_spec: Any, batch: Any, number: tf.Tensor
+    ) -> StepLogs:
         """Runs a step of the user's on one replica, and gathers all that it tells."""
         now = self._now
         rates = self._learning_rates() if kind == "train" else {}  # as they are when the step uses them
         with now.open(self._image_every[kind]), now.ledger.open(self.trainable_variables):
             with self._batch_metrics.open(kind, self.metrics):
                 self._guard.open()
-                weight = examples(batch, self._guard.report)
+                # Where Python goes through the step, batches do not say which of their dimensions are fixed.
+                weight = examples(batch, self._guard.report, element_spec if self.run_eagerly else None)
                 if self.strategy.num_replicas_in_sync == 1:  # of several, one may have none of a last batch
                     now.rows = weight
                 if kind == "train" and self._class_weights is not None:
@@ -281,7 +284,8 @@ class Steps(Tracked):
                     for name, value in returned.items()
                     for one in self._batch_metrics.named(name, value, f"returned by `{kind}_step`")
                 ]
-                named += [Named(name, value, "`self.log`") for name, value in now.scalars.items()]
+                logged = now.scalars.items()
+                named += [one for name, value in logged for one in self._batch_metrics.named(name, value, "`self.log`")]
                 named += self._batch_metrics.not_returned()
                 parts = {f"{LOSS_PART}{name}": part for name, part in now.ledger.all().items()}
                 named += [Named(name, value, "a part of the loss") for name, value in parts.items()]
@@ -297,7 +301,7 @@ class Steps(Tracked):
                 sources = {one.name: one.source for one in named if one.source is not None}
                 by_output = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
                 sources = {n: source for n, source in sources.items() if source.metric not in by_output}
-                meaning = Meaning(sources, frozenset(rates), frozenset(parts))
+                meaning = self._batch_metrics.meanings[kind] = Meaning(sources, frozenset(rates), frozenset(parts))
                 return StepLogs({**rates, **values}, now.images, self._guard.fault(), weight, meaning)
 
     def _inspect(self, y: Any, loss: Any, target: Any, output: Any, weight: Any) -> tuple[Any, Any]:

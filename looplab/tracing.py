@@ -51,7 +51,7 @@ class Traces(Logs):
         learns = kind == "train"
 
         def make() -> Loop:
-            step = functools.partial(self._run_step, kind, self._step_function(kind))
+            step = functools.partial(self._run_step, kind, self._step_function(kind), element_spec)
             metrics, loop = None, None
             kept: list[Any] = []
             strays: list[Any] = []
@@ -73,6 +73,7 @@ class Traces(Logs):
                         eagerly,
                         read_only=not learns,
                     )
+                loop.meaning = self._batch_metrics.meanings.get(kind, loop.meaning)  # also where no step has run yet
                 kept.extend(loop.unkept)
                 if not eagerly:
                     self._find_strays(kind, loop)

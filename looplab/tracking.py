@@ -111,8 +111,7 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object of a user's class."""
     if isinstance(value, (type, types.ModuleType, Tracked)) or not hasattr(value, "__dict__"):
         return []
-    is_users = isinstance(value, types.SimpleNamespace) or not _is_library(type(value))
-    return list(vars(value).items()) if is_users else []
+    return list(vars(value).items()) if is_users(type(value)) else []
 
 
 def _used(function: Any) -> list[tuple[str, Any]]:
@@ -131,6 +130,11 @@ def _global_names(code: types.CodeType) -> list[str]:
     """By the instructions, because `co_names` has the names of attributes too; of inner functions as well."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     return sorted(names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))))
+
+
+def is_users(kind: type) -> bool:
+    """Whether the objects of a class may hold what is the user's."""
+    return kind is types.SimpleNamespace or not _is_library(kind)
 
 
 def _is_library(value: Any) -> bool:

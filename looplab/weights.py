@@ -18,7 +18,7 @@ Report = Callable[[tf.Tensor, Sequence[str]], None]
 """Reports faults of the running step: a vector of bools, and a message for each."""
 
 
-def examples(batch: Any, report: Report | None = None) -> tf.Tensor | int:
+def examples(batch: Any, report: Report | None = None, signature: Any = None) -> tf.Tensor | int:
     """How many examples a batch has: the leading dimension of y; without y, the one that the inputs share.
 
     Scalars have none, and of several dimensions the unknown ones count, because those of tables and matrices that
@@ -27,26 +27,28 @@ def examples(batch: Any, report: Report | None = None) -> tf.Tensor | int:
     Args:
         batch: x, (x, y), (x, y, sample_weight), or any other structure, which is x.
         report: Called where it cannot be known before the step runs whether all dimensions are equal.
+        signature: Of the batch, which says what dimensions are known; by default the batch itself.
 
     Raises:
         ValueError: The dimensions differ, and nothing decides between them.
     """
     x, y, _ = unpack(batch)
-    for parts in (y, x, (x, y)):
-        leaves = [leaf for leaf in tf.nest.flatten(parts) if leaf is not None and leaf.shape.rank != 0]
-        unknown = [leaf for leaf in leaves if leaf.shape.rank is None or leaf.shape[0] is None]
-        if unknown:
-            counts = [_rows(leaf) for leaf in unknown]
+    known_x, known_y, _ = unpack(batch if signature is None else signature)
+    for parts, known in ((y, known_y), (x, known_x), ((x, y), (known_x, known_y))):
+        pairs = zip(tf.nest.flatten(parts), tf.nest.flatten(known), strict=True)
+        leaves = [(leaf, spec.shape) for leaf, spec in pairs if leaf is not None and spec.shape.rank != 0]
+        counts = [_rows(leaf) for leaf, shape in leaves if shape.rank is None or shape[0] is None]
+        if counts:
             if report is not None and len(counts) > 1:
                 differ = tf.reduce_any(tf.not_equal(tf.stack(counts[1:]), counts[0]))
                 report(tf.reshape(differ, [1]), ["the parts of the batch differ in their number of examples"])
             return counts[0]
-        sizes = Counter(leaf.shape[0] for leaf in leaves).most_common(2)
+        sizes = Counter(shape[0] for _, shape in leaves).most_common(2)
         if len(sizes) == 1 or (sizes and sizes[0][1] > sizes[1][1]):
             return sizes[0][0]
     if not leaves:
         return 1
-    shapes = ", ".join(str(leaf.shape) for leaf in leaves)
+    shapes = ", ".join(str(shape) for _, shape in leaves)
     raise ValueError(
         f"The number of examples in a batch cannot be determined from tensors of shapes {shapes}. Pass y, or let all "
         f"inputs share their first dimension."
@@ -153,7 +155,8 @@ class ClassWeights:
             if loss_kind == "elementwise" or (loss_kind is None and not y.dtype.is_floating):
                 raise ValueError(
                     f"`class_weight` needs one class for each example; y of shape {y.shape} has {y.shape[-1]} numbers "
-                    f"for each, and `loss` takes each for itself. Pass a `sample_weight` of your own."
+                    f"for each, and `loss` takes each for itself. Where each is the class of a position, give y a last "
+                    f"dimension of 1; otherwise pass a `sample_weight` of your own."
                 )
             total = tf.reduce_sum(tf.cast(y, tf.float32), -1)
             message = "`class_weight` needs one class for each example, and a row of y does not sum to 1"

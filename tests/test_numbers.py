@@ -173,7 +173,7 @@ def test_two_values_of_one_name_are_an_error_that_names_both(returns, metrics, n
 
 
 def test_compiled_metrics_with_one_name_are_an_error_that_names_both():
-    with pytest.raises(ValueError, match="two values named 'loss': the loss, and entry 'loss' of the result of metric"):
+    with pytest.raises(ValueError, match="two values named .loss.: the loss, and .loss. of `metrics`"):
         looplab.Trainer(dense(), loss="mse", metrics=[keras.metrics.AUC(name="loss")]).evaluate(X, BITS, verbose=0)
 
 
@@ -233,6 +233,7 @@ PYTHON_STATE = {
     "a dict of lists": ({"a": []}, lambda m: m.state["a"].append(0)),
     "an array": (np.zeros(2), lambda m: m.state.__iadd__(1)),
     "a set": (set(), lambda m: m.state.add(len(m.state))),
+    "an object": (types.SimpleNamespace(n=0), lambda m: setattr(m.state, "n", m.state.n + 1)),
     "tensors": (tf.zeros(()), lambda m: _set(m, m.state + 1)),
 }
 
@@ -314,6 +315,81 @@ def test_a_metric_that_is_not_returned_may_have_any_shape(owner, tmp_path):
     assert set(trainer.fit(X, BITS, batch_size=10, verbose=0).history) == {"loss"}
     np.testing.assert_allclose(metric.result(), [1.0, 0.0, 0.0])
     assert not [tag for tag in read_scalars(tmp_path / "train") if "vector" in tag]
+
+
+class Nested(keras.callbacks.Callback):
+    """Evaluates other data in the midst of an evaluation or a training."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self.is_within = False
+        setattr(self, hook, self.evaluate)
+
+    def evaluate(self, *_):
+        if not self.is_within:
+            self.is_within = True
+            self.model.evaluate(X[:5] * 9, BITS[:5], verbose=0)
+            self.is_within = False
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("hook", ["on_test_batch_end", "on_train_batch_begin", "on_epoch_begin"])
+def test_an_evaluation_within_another_pass_changes_no_value(hook, eager):
+    def run(*callbacks):
+        keras.utils.set_random_seed(0)
+        trainer = looplab.Trainer(dense(), optimizer="sgd", loss="mse", metrics=["mae"], seed=0, run_eagerly=eager)
+        options = {"batch_size": 8, "verbose": 0, "callbacks": list(callbacks)}
+        history = trainer.fit(X, BITS, epochs=2, validation_data=(X, BITS), **options).history
+        return history, trainer.evaluate(X, BITS, **options)
+
+    assert run(Nested(hook)) == run()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_callbacks_see_the_metrics_of_an_evaluation_when_it_ends(eager):
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_test_end(self, logs=None):
+            metrics = {metric.name: metric.result() for metric in self.model.metrics}
+            seen.append((float(metrics["loss"]), float(metrics["compile_metrics"]["mae"]), logs["loss"], logs["mae"]))
+
+    trainer = looplab.Trainer(dense(), optimizer="sgd", loss="mse", metrics=["mae"], run_eagerly=eager)
+    trainer.fit(X, BITS, validation_data=(X * 3, BITS), callbacks=[Look()], verbose=0)
+    trainer.evaluate(X * 2, BITS, callbacks=[Look()], verbose=0)
+    for loss, mae, logged_loss, logged_mae in seen:
+        assert (loss, mae) == pytest.approx((logged_loss, logged_mae), rel=1e-5)
+    assert len(seen) == 2
+
+
+def test_a_logged_result_is_the_metrics_own():
+    class Logs(looplab.Trainer):
+        def test_step(self, batch):
+            self.rmse.update_state(batch[1], self(batch[0]))
+            self.log("rmse", self.rmse.result())
+            return {"zero": 0.0}
+
+    trainer = Logs(dense())
+    trainer.rmse = keras.metrics.RootMeanSquaredError()
+    value = np.sqrt(((predicted(trainer.model, X) - BITS) ** 2).mean())
+    assert trainer.evaluate(X, BITS, batch_size=8, verbose=0) == {"zero": 0, "rmse": pytest.approx(value, rel=1e-5)}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_result_in_an_inner_tf_function_is_an_error(eager):
+    class Inner(looplab.Trainer):
+        @tf.function
+        def measure(self, y, p):
+            self.rmse.update_state(y, p)
+            return self.rmse.result()
+
+        def test_step(self, batch):
+            return {"rmse": self.measure(batch[1], self(batch[0]))}
+
+    trainer = Inner(dense(), run_eagerly=eager)
+    trainer.rmse = keras.metrics.RootMeanSquaredError(name="rmse")
+    with pytest.raises(ValueError, match=r"`result` of metric 'rmse' is called in an inner `tf\.function`"):
+        trainer.evaluate(X, BITS, verbose=0)
 
 
 # Weights belong to the leading dimensions of what they weigh.
@@ -473,6 +549,7 @@ BATCHES = {
     "a table first": lambda x: {"table": tf.constant(TABLE), "x": x},
     "an adjacency matrix first": lambda x: {"a": tf.zeros((8, 8)), "x": x},
     "a table, and y": lambda x: ({"table": tf.constant(TABLE), "x": x}, x[:, 0]),
+    "tables of one size first": lambda x: {"a": tf.eye(5), "b": tf.ones(5), "x": x},
     "a table of one row, and a dict y": lambda x: ({"table": tf.ones((1, 2)), "x": x}, {"s": 1.0, "y": x[:, 0]}),
     "four parts": lambda x: (tf.constant(3), x, x[:, 0], tf.ones((2, 2))),
     "a ragged part first": lambda x: (tf.constant(3), x, tf.RaggedTensor.from_tensor(x), x),
@@ -480,9 +557,10 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("make", BATCHES.values(), ids=BATCHES)
-def test_a_batch_weighs_as_much_as_it_has_examples(make):
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_batch_weighs_as_much_as_it_has_examples(make, eager):
     data = tf.data.Dataset.from_tensor_slices(X).batch(8).map(make)
-    assert Mean().evaluate(data, verbose=0)["mean"] == pytest.approx(X.mean(), abs=1e-6)
+    assert Mean(run_eagerly=eager).evaluate(data, verbose=0)["mean"] == pytest.approx(X.mean(), abs=1e-6)
 
 
 def test_what_examples_a_batch_has_is_an_error_where_nothing_decides():
@@ -562,7 +640,7 @@ def means_move(trainer, norm, **options):
 
 
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("where", ["between", "epoch", "batch", "nested"])
+@pytest.mark.parametrize("where", ["between", "epoch", "batch", "begin", "nested"])
 def test_a_layer_is_frozen_from_then_on(affine, where):
     norm = layers.BatchNormalization(center=affine, scale=affine)
     block = keras.Sequential([layers.Dense(4), norm])
@@ -581,7 +659,7 @@ def test_a_layer_is_frozen_from_then_on(affine, where):
         freeze()
         assert not means_move(trainer, norm)
     else:
-        hook = {"epoch": "on_epoch_end", "batch": "on_train_batch_end"}[where]
+        hook = {"epoch": "on_epoch_end", "batch": "on_train_batch_end", "begin": "on_train_batch_begin"}[where]
         callback = keras.callbacks.LambdaCallback(**{hook: freeze})
         trainer.fit(X, BITS, batch_size=10, epochs=2, verbose=0, callbacks=[callback])
         np.testing.assert_array_equal(norm.moving_mean.numpy(), seen[0])

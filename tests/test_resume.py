@@ -418,6 +418,65 @@ def test_a_run_that_stopped_early_says_so_and_continues_where_more_is_asked(
             np.testing.assert_array_equal(one, other)
 
 
+class StopAfter(keras.callbacks.Callback):
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch + 1 >= self.count
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        lambda n: [StopAfter(n)],
+        lambda n: [keras.callbacks.EarlyStopping("loss", patience=p, min_delta=9.0) for p in (9, n - 1)],
+    ],
+    ids=["own", "the second of a class"],
+)
+def test_a_run_continues_where_the_callback_that_stopped_it_has_changed(tmp_path, capsys, callbacks):
+    def run(callbacks):
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer
+        trainer.fit(X, Y, epochs=8, verbose=0, callbacks=callbacks, resume=True)
+        return trainer.epochs
+
+    assert run(callbacks(2)) == 2
+    assert run(callbacks(2)) == 2
+    assert "nothing to train" in capsys.readouterr().out
+    assert run(callbacks(4)) > 2
+    assert run([]) == 8
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_validation_that_was_killed_runs_again_with_the_same_values(tmp_path, eager):
+    class Fails(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            if self.model.steps == 6 and fails:
+                raise EOFError
+
+    def run(log_dir):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.layers.Dense(1, kernel_regularizer="l2", name="line")])
+        metrics = [keras.metrics.RootMeanSquaredError(name="rmse")]
+        checkpoint = looplab.Checkpoint(every=3)
+        options = {"log_dir": log_dir, "run_eagerly": eager, "checkpoint": checkpoint, "seed": 1}
+        trainer = looplab.Trainer(model, optimizer="adam", loss="mse", metrics=metrics, **options)
+        x = X.reshape(len(X), -1)
+        fit = {"validation_data": (x, x[:, :1]), "batch_size": 12, "epochs": 3, "callbacks": [Fails()]}
+        return trainer.fit(x, x[:, :1], **fit, verbose=0, resume=True).history
+
+    fails = False
+    whole = run(tmp_path / "whole")
+    fails = True
+    with pytest.raises(EOFError):
+        run(tmp_path / "parts")
+    fails = False
+    assert run(tmp_path / "parts") == whole
+    assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
 class Journal(keras.callbacks.Callback):
     """Appends a line for each epoch to a file of its own."""
 
