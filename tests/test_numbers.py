@@ -173,7 +173,7 @@ def test_two_values_of_one_name_are_an_error_that_names_both(returns, metrics, n
 
 
 def test_compiled_metrics_with_one_name_are_an_error_that_names_both():
-    with pytest.raises(ValueError, match="two values named .loss.: the loss, and .loss. of `metrics`"):
+    with pytest.raises(ValueError, match=r"two values named .loss.: the loss, and .loss. of `metrics`"):
         looplab.Trainer(dense(), loss="mse", metrics=[keras.metrics.AUC(name="loss")]).evaluate(X, BITS, verbose=0)
 
 
