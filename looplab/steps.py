@@ -255,7 +255,8 @@ class Steps(Tracked):
 
     def _compile(self) -> None:
         """Forgets how losses and metrics met the outputs of an earlier trace."""
-        self._compiled.compile(loss=self._loss, loss_weights=self._loss_weights, metrics=self._metrics)
+        settings = {"loss": self._loss, "loss_weights": self._loss_weights, "metrics": self._metrics}
+        self._compiled.compile(optimizer=self.optimizer, **settings)
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:

@@ -784,7 +784,7 @@ ERRORS = {
     ),
     "metric with the name of the loss": (
         ValueError,
-        ["'loss'", "the loss", "of metric", "Rename"],
+        ["'loss'", "the loss", "of `metrics`", "Rename"],
         lambda _: trainer(metrics=[keras.metrics.SparseCategoricalAccuracy("loss")]).fit(X, LABELS, verbose=0),
     ),
     # Numbers in arguments.

@@ -164,7 +164,7 @@ def test_graphs_tab_shows_the_step_by_layers(server, run):
     graph = server("graphs/graph", run=folder, limit_attr_size=1024, large_attrs_key="_too_large_attrs").decode()
     names = re.findall(r'^  name: "(.*)"$', graph, re.MULTILINE)
     for scope in ("hidden", "readout", "gradient_tape", "adam", "compile_loss/mse"):
-        assert any(f"{scope}/" in name or f"{scope}_1/" in name for name in names), scope
+        assert any(re.search(rf"{scope}(_\d+)?/", name) for name in names), scope  # Keras counts names in a process
     assert "_too_large_attrs" not in graph
     assert "_output_shapes" in graph
 
