@@ -285,12 +285,6 @@ def test_each_metric_of_keras_has_its_own_result_over_all_data(make):
         assert results["value"] == pytest.approx(float(whole), rel=1e-5, abs=1e-6, nan_ok=True)
 
 
-VECTORS = {
-    "of each class": lambda: keras.metrics.F1Score(name="vector"),
-    "a matrix": lambda: keras.metrics.MeanIoU(2, name="vector"),
-}
-
-
 @pytest.mark.parametrize("owner", ["trainer", "layer"])
 def test_a_metric_that_is_not_returned_may_have_any_shape(owner, tmp_path):
     class Measuring(layers.Layer):
