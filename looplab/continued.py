@@ -45,7 +45,7 @@ def as_before(recipe: Callable[..., Recipe], folder: Path, given: dict[str, Any]
             raise UsageError(f"`resume`: `{name}` was an object, which config.json cannot hold. Pass it again.")
     versions = config["environment"].get("versions") if type(config.get("environment")) is dict else None
     if versions != environment(recipe)["versions"]:
-        say(f"looplab: {folder} ran with {versions}: with others it goes on, but not to the same bits.")
+        say(f"looplab: {folder} ran with {versions}: resumed with other versions, its bits will differ.")
     known = inspect.signature(recipe).parameters
     for name in ("epochs", "batch_size"):  # which `run` wrote, where the recipe chose them by itself
         if name not in known:
