@@ -82,6 +82,16 @@ def unseeded(what: str, resumes: bool) -> None:
     warn(text)
 
 
+def saved(changed_tables: Sequence[str]) -> None:
+    """A step keeps its state in variables, which checkpoints hold: they hold no tables and no queues."""
+    if changed_tables:
+        raise ValueError(
+            f"`train_step` changes a table or queue ({', '.join(changed_tables)}), which no checkpoint can hold: a "
+            f"resumed run would start with an empty one. Keep its contents in a `tf.Variable`, or pass "
+            f"`checkpoint=None` to the trainer to train without checkpoints."
+        )
+
+
 def callbacks(given: Any) -> list[keras.callbacks.Callback]:
     """It is one Keras callback, or a structure of some, and none does what the trainer itself does; as a list."""
     if isinstance(given, Iterable) and not isinstance(given, (list, tuple, dict)):

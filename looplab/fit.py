@@ -12,10 +12,11 @@ from typing import Any
 
 import keras
 
-from looplab import appended, state
+from looplab import appended, checks, state
 from looplab.checkpoint import Checkpoints
 from looplab.data import Batches
 from looplab.epoch import Epochs, Progress
+from looplab.graphs import changed_tables
 from looplab.guard import Fault
 from looplab.interrupts import Interrupted, Interrupts
 from looplab.metrics import lower_is_better
@@ -98,10 +99,13 @@ class Fit:
         """Traces all steps, so that all variables are there, and tells what does not fit before one is changed."""
         trainer = self.trainer
         with self._able_to_trace() as eagerly:
-            names = list(trainer._prepared("train", self.train.element_spec, eagerly).names)
+            loop = trainer._prepared("train", self.train.element_spec, eagerly)
+            names = list(loop.names)
             if self.validation is not None:
                 test = trainer._prepared("test", self.validation.element_spec, eagerly)
                 names += [f"val_{name}" for name in test.names]
+        if self.checkpoints is not None and loop.graph is not None:
+            checks.saved(changed_tables(loop.graph))
         for batches in (self.train, self.validation):
             if batches is not None and batches.arrays is not None:
                 trainer._check_arrays(batches.name, batches.arrays)

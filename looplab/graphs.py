@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
@@ -13,6 +14,7 @@ from looplab.hooks import Hooks
 from looplab.tracking import plain
 
 _READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape")
+_CHANGING = re.compile("LookupTable(Insert|Remove|Import)|Queue(Enqueue|Dequeue)")
 
 
 def trace(function: Callable[..., Any], *specs: Any, jit_compile: bool = False) -> Any:
@@ -91,6 +93,13 @@ def written_variables(function: Any) -> list[tf.Variable]:
     changed = written(function.graph.get_operations())
     handles = {id(external) for external, internal in function.graph.captures if id(internal) in changed}
     return [variable for variable in captured(function) if id(variable.handle) in handles]
+
+
+def changed_tables(graph: tf.Graph) -> list[str]:
+    """The operations of a graph that change tables or queues, whose state no variable holds."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return sorted({node.op for node in nodes if _CHANGING.match(node.op)})
 
 
 class Copies:

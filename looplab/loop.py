@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from looplab.graphs import Copies, releasable, trace, written_variables
+from looplab.graphs import Copies, captured, releasable, trace, written_variables
 from looplab.metrics import Source
 
 
@@ -130,6 +130,11 @@ class Loop:
         if self.eager:
             return []
         return [original for original, _ in self.copies.pairs] or written_variables(self._one_step)
+
+    @property
+    def used(self) -> list[tf.Variable]:
+        """The variables that the graph of one step uses, in the order in which it came to use them."""
+        return [] if self.eager else captured(self._one_step)
 
     @property
     def graph(self) -> tf.Graph | None:

@@ -44,6 +44,7 @@ class Traces(Logs):
         self._tracing = threading.RLock()
         self._signatures: dict[str, list[Any]] = {"train": [], "test": [], "predict": []}
         self._stray_variables: _Hidden = _Hidden({"train": [], "test": []})
+        self._read_variables: _Hidden = _Hidden([])
         self._stop = _Hidden(tf.Variable(False, trainable=False, name="stop"))
 
     def _prepared(self, kind: str, element_spec: Any, eagerly: bool) -> Loop:
@@ -140,7 +141,7 @@ class Traces(Logs):
         return [*found, *self.trainable_variables]
 
     def _find_strays(self, kind: str, loop: Loop) -> None:
-        """Finds what a step changes and the trainer does not hold.
+        """Finds what a step uses and the trainer does not hold.
 
         That of Keras's own seeds, which a bare `keras.random.normal(shape)` draws from, can be saved; that of
         TensorFlow's stateful random operations cannot.
@@ -150,7 +151,10 @@ class Traces(Logs):
         optimized = [variable for optimizer in self.optimizers.values() for variable in optimizer.variables]
         held = (*self._held_state(), *optimized, *self._guard.variables, *self._batch_metrics.variables)
         known = {id(plain(variable)) for variable in held}
-        self._stray_variables.value[kind] = [variable for variable in loop.written if id(variable) not in known]
+        strays = self._stray_variables.value[kind] = [v for v in loop.written if id(v) not in known]
+        if kind == "train":
+            known.update(map(id, strays))
+            self._read_variables.value[:] = [variable for variable in loop.used if id(variable) not in known]
         if kind == "train" and self.log_dir is not None and loop.graph is not None:
             found = random_operations(loop.graph)
             if found:
@@ -163,6 +167,9 @@ class Traces(Logs):
 
     def _strays(self) -> list[tf.Variable]:
         return list({id(v): v for strays in self._stray_variables.value.values() for v in strays}.values())
+
+    def _only_read(self) -> list[tf.Variable]:
+        return self._read_variables.value
 
     def _warn_of_retraces(self, kind: str, element_spec: Any) -> None:
         """Once, at the third trace: a step is traced for the training's data, and it may be for one other."""

@@ -238,8 +238,9 @@ class Tracked:
                 variables = itertools.chain(held.thing.variables, *owned)
                 by_path |= {f"{held.path}/{index}": variable for index, variable in enumerate(variables)}
         seen = {id(v.value if isinstance(v, keras.Variable) else v) for v in by_path.values()}
-        strays = (variable for variable in self._strays() if id(variable) not in seen)
-        by_path |= {f"stray/{index}": variable for index, variable in enumerate(strays)}
+        for kind, variables in (("stray", self._strays()), ("read", self._only_read())):
+            unseen = (variable for variable in variables if id(variable) not in seen)
+            by_path |= {f"{kind}/{index}": variable for index, variable in enumerate(unseen)}
         first = {id(variable): path for path, variable in reversed(by_path.items())}
         once = {path: variable for path, variable in by_path.items() if first[id(variable)] == path}
         return {
@@ -248,6 +249,10 @@ class Tracked:
 
     def _strays(self) -> list[tf.Variable]:
         """Variables with state that no attribute leads to."""
+        return []
+
+    def _only_read(self) -> list[tf.Variable]:
+        """Variables that no attribute leads to and no step changes, but a callback may."""
         return []
 
     def _state(self) -> list[Any]:

@@ -101,6 +101,97 @@ def test_resumes_from_any_step_to_the_same_bits(build):
     assert_resume_exact(build, 3)  # of two steps each epoch, the last of them ragged
 
 
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate
+
+
+class Scaled(layers.Layer):
+    def __init__(self, scale):
+        super().__init__()
+        self.holder = {0: lambda: scale}
+
+    def call(self, x):
+        return x * self.holder[0]()
+
+
+class ScaledError(keras.losses.Loss):
+    def __init__(self, scale):
+        super().__init__()
+        self.scaled = lambda value: value * scale
+
+    def call(self, y_true, y_pred):
+        return self.scaled(tf.reduce_mean((y_true - y_pred) ** 2, -1))
+
+
+# Models, optimizers and losses over a variable that only a callback changes, and no attribute leads to.
+READ_ONLY = {
+    "schedule": lambda value: ([], keras.optimizers.SGD(Schedule(value)), "mse"),
+    "layer": lambda value: ([Scaled(value)], "sgd", "mse"),
+    "lambda": lambda value: ([layers.Lambda(lambda x: x * value)], "sgd", "mse"),
+    "regularizer": lambda value: ([layers.Dense(2, kernel_regularizer=lambda w: value * tf.norm(w))], "sgd", "mse"),
+    "loss": lambda value: ([], "sgd", ScaledError(value)),
+}
+
+
+@pytest.mark.parametrize("kind", READ_ONLY)
+def test_a_variable_that_only_a_callback_changes_is_saved(kind, line, tmp_path):
+    def run(log_dir, epochs):
+        keras.utils.set_random_seed(0)
+        value = tf.Variable(0.1, trainable=False)
+        inner, optimizer, loss = READ_ONLY[kind](value)
+        model = keras.Sequential([keras.Input((4,)), *inner, layers.Dense(1)])
+        anneal = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: value.assign(value / 2))
+        trainer = looplab.Trainer(model, optimizer=optimizer, loss=loss, log_dir=tmp_path / log_dir, seed=0)
+        history = trainer.fit(*line, epochs=epochs, callbacks=[anneal], verbose=0, resume=True).history
+        return history["loss"], value.numpy()
+
+    run("resumed", 2)
+    assert run("resumed", 4) == run("whole", 4)
+
+
+TABLES = {
+    "MutableHashTable": lambda: tf.lookup.experimental.MutableHashTable(tf.int64, tf.float32, 0.0),
+    "DenseHashTable": lambda: tf.lookup.experimental.DenseHashTable(tf.int64, tf.float32, 0.0, -1, -2),
+    "FIFOQueue": lambda: tf.queue.FIFOQueue(100, [tf.float32], [()]),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_or_queue_that_a_step_changes_is_refused_where_it_would_have_to_be_saved(kind, line, tmp_path):
+    class Counting(looplab.Trainer):
+        def train_step(self, batch):
+            if kind == "FIFOQueue":
+                self.table.enqueue(1.0)
+            elif tf.reduce_any(batch[0] > -100):  # in a branch, too
+                self.table.insert(tf.constant(0, tf.int64), 1.0)
+            return super().train_step(batch)
+
+    def run(**options):
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+        trainer = Counting(model, optimizer="sgd", loss="mse", **options)
+        trainer.table = TABLES[kind]()
+        trainer.fit(*line, verbose=0)
+        return int(trainer.table.size())
+
+    with pytest.raises(ValueError, match="`train_step` changes a table or queue"):
+        run(log_dir=tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/train/*"))
+    assert run(log_dir=tmp_path / "unsaved", checkpoint=None) > 0
+    assert run() > 0
+
+
+def test_tables_that_a_step_only_reads_are_saved_by_nobody(line, tmp_path):
+    keys = tf.constant([0, 1], tf.int64)
+    table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, [0.0, 1.0]), 0.0)
+    model = keras.Sequential([keras.Input((4,)), layers.Lambda(lambda x: x + table[keys[1]]), layers.Dense(1)])
+    trainer = looplab.Trainer(model, optimizer="sgd", loss="mse", log_dir=tmp_path)
+    assert len(trainer.fit(*line, verbose=0).history["loss"]) == 1
+
+
 def test_what_cannot_resume_exactly_is_told():
     class Noisy(looplab.Trainer):
         def train_step(self, batch):
