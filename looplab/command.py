@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -81,6 +82,7 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
         argument_default=argparse.SUPPRESS,  # only what is on the command line is passed on
         allow_abbrev=False,
     )
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse takes -1e-3 and -inf for flags
     try:
         with _warnings_in_one_line():
             own = arguments(recipe)
@@ -142,7 +144,8 @@ def _add_flags(group: Any, flags: list[Argument]) -> None:
             nargs = spec.nargs if isinstance(spec.nargs, int) else "*"
             name = metavar(without_none(flag.type) if flag.default is None else flag.type)
             options = {"nargs": nargs, "metavar": tuple(name.split()) if name.count(" ") + 1 == nargs else name}
-        group.add_argument(_flag(flag.name), help=f"{flag.help} {default}".strip().replace("%", "%%"), **options)
+        text = f"{flag.help} {default}".strip().replace("%", "%%")
+        group.add_argument(_flag(flag.name), dest=flag.name, help=text, **options)
 
 
 def _parse(parser: argparse.ArgumentParser, flags: list[Argument], argv: Sequence[str] | None) -> dict[str, Any]:

@@ -47,9 +47,11 @@ def run(
 
     Args:
         recipe: The recipe function.
-        seed: Of everything: the weights, the random numbers of steps, the order of the data; by default 0.
+        seed: Of everything: the weights, the random numbers of steps, the order of the data; by default that of the
+            recipe function, or 0.
         log_dir: Where to leave event files, checkpoints, `config.json`, `history.json`, `timings.json`,
-            `model.weights.h5`, a report and pictures; by default `logs/<module of the recipe>/<time>`.
+            `model.weights.h5`, a report and pictures; by default that of the recipe function, or
+            `logs/<module of the recipe>/<time>`.
         resume: The `log_dir` of a run to go on with, to the same bits as if it had never ended. Its arguments are those
             of its `config.json`: none needs to be given but objects that JSON cannot hold, and `epochs` may be more. A
             finished run is left as it is.
@@ -60,6 +62,10 @@ def run(
         verbose: As in `Trainer.fit`; with 0 the report is not printed either.
         options: The recipe function's own, and the `Trainer`'s.
     """
+    own = defaults(recipe)
+    if resume is None:
+        seed = own.get("seed") if seed is None else seed
+        log_dir = own.get("log_dir") if log_dir is None else log_dir
     log_dir, resume, weights, plot = (
         None if path is None else path_argument(name, path)
         for name, path in {"log_dir": log_dir, "resume": resume, "weights": weights, "plot": plot}.items()
@@ -85,7 +91,6 @@ def run(
             _check_weights(weights)
             ready.build(weights)
         checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
-        own = defaults(recipe)
         config = {**own, **arguments, "seed": seed, "precision": precision, "weights": weights and str(weights)}
         for name in ("epochs", "batch_size"):  # where a recipe chose them
             config[name] = getattr(ready, name) if config.get(name) is None else config[name]

@@ -238,8 +238,8 @@ class Tracked:
                 variables = itertools.chain(held.thing.variables, *owned)
                 by_path |= {f"{held.path}/{index}": variable for index, variable in enumerate(variables)}
         seen = {id(v.value if isinstance(v, keras.Variable) else v) for v in by_path.values()}
-        for kind, variables in (("stray", self._strays()), ("read", self._only_read())):
-            unseen = (variable for variable in variables if id(variable) not in seen)
+        for kind, found in (("stray", self._strays()), ("read", self._only_read())):
+            unseen = (variable for variable in found if id(variable) not in seen)
             by_path |= {f"{kind}/{index}": variable for index, variable in enumerate(unseen)}
         first = {id(variable): path for path, variable in reversed(by_path.items())}
         once = {path: variable for path, variable in by_path.items() if first[id(variable)] == path}

@@ -110,6 +110,10 @@ def received(annotation, default, words):
         (MISSING, np.float32(0.5), "--x 2", 2.0),
         (MISSING, None, "--x 5", "5"),
         (MISSING, MISSING, "--x 5", "5"),
+        (float, 1.0, "--x -1e-3", -1e-3),
+        (float, 1.0, "--x -inf", float("-inf")),
+        (list[float], [], "--x -.5 -2E+4", [-0.5, -2e4]),
+        (dict[str, float], {}, "--x a -1e-3", {"a": -1e-3}),
     ],
 )
 def test_a_flag_gives_a_value_of_the_type(annotation, default, words, expected):
@@ -170,6 +174,25 @@ def test_a_value_of_another_type_is_refused(annotation, default, words, told, ca
         looplab.main(recipe, words.split())
     assert caught.value.code == 2
     assert f"error: argument --x: {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["_x", "x_", "__x", "größe"])
+def test_a_flag_belongs_to_the_argument_whose_name_it_has(name):
+    scope: dict[str, Any] = {"Received": Received, "__name__": __name__}
+    exec(f"def recipe({name}: int = 1, **options): raise Received({name})", scope)
+    with pytest.raises(Received, match="3"):
+        looplab.main(scope["recipe"], [f"--{name.replace('_', '-')}", "3"])
+
+
+@pytest.mark.parametrize(("words", "expected"), [("", 7), ("--seed 0", 0), ("--seed 5", 5)])
+def test_the_seed_and_folder_of_a_recipe_are_its_defaults(words, expected, tmp_path, monkeypatch):
+    def recipe(seed: int = 7, log_dir: str = "mine/first", **options):
+        raise Received(seed, str(log_dir))
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Received) as caught:
+        looplab.main(recipe, words.split())
+    assert caught.value.args == (expected, "mine/first")
 
 
 def test_two_flags_of_one_name_are_refused(capsys):
