@@ -12,10 +12,14 @@ def _run() -> None:
         sys.exit(usage)
     module, _, function = sys.argv[1].partition(":")
     try:
-        recipe = getattr(importlib.import_module(module), function or module.rpartition(".")[2])
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
-            raise  # it is the recipe's own import that failed
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # an import of the module's own failed
+        sys.exit(f"python -m looplab: {sys.argv[1]} names no recipe function: {error}\n{usage}")
+    try:
+        recipe = getattr(imported, function or module.rpartition(".")[2])
+    except AttributeError as error:
         sys.exit(f"python -m looplab: {sys.argv[1]} names no recipe function: {error}\n{usage}")
     if not callable(recipe):
         sys.exit(f"python -m looplab: {sys.argv[1]} is {type(recipe).__name__}, not a recipe function\n{usage}")

@@ -75,7 +75,7 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
         prog: The program's name in usage and errors.
     """
     module = module_name(recipe)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog or (f"python -m {module}" if module != "__main__" else None),  # None is the script's name
         usage="%(prog)s [--flag VALUE ...]    (--help lists the flags)",
         description=(inspect.getdoc(recipe) or "").partition("\n")[0],
@@ -98,6 +98,11 @@ def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (FloatingPointError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    def print_help(self, file=None):  # a terminal that cannot encode a docstring shows it escaped
+        say(self.format_help().rstrip("\n"), file)
 
 
 @contextlib.contextmanager

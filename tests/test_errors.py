@@ -1,5 +1,10 @@
 """What goes wrong in a step: looplab's errors are short and say what to do, and the users' own stay their own."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -259,3 +264,21 @@ def test_the_advice_about_generators_works():
     history = trainer(optimizer=keras.optimizers.SGD(0.0)).fit(data, epochs=3, verbose=0).history
     assert len(history["loss"]) == 3
     assert history["loss"] == pytest.approx([history["loss"][0]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "status"),
+    [
+        ("import math\nmath.squrt(3)", "AttributeError: module 'math' has no attribute 'squrt'", 1),
+        ("import of_the_users", "ModuleNotFoundError: No module named 'of_the_users'", 1),
+        ("raise KeyError('mine')", "KeyError: 'mine'", 1),
+        ("", "python -m looplab: broken:build names no recipe function: module 'broken' has no attribute 'build'", 1),
+    ],
+)
+def test_an_error_of_a_recipes_module_stays_what_it_is(code, told, status, tmp_path):
+    (tmp_path / "broken.py").write_text(code)
+    command = [sys.executable, "-m", "looplab", "broken:build"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (told in done.stderr, done.returncode) == (True, status)
+    assert ("names no recipe" in done.stderr) == (not code)

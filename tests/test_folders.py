@@ -115,7 +115,7 @@ RECIPE = """
 import keras, numpy as np, looplab
 
 def build(seed=0, epochs=1, **options) -> looplab.Recipe:
-    '''A recipe.'''
+    '''A recipe of größte layers.'''
     def größe(y, y_pred):
         return keras.ops.abs(y_pred)
     model = keras.Sequential([keras.layers.Dense(1)])
@@ -146,6 +146,7 @@ def test_printed_commands_can_be_copied_and_an_ascii_terminal_ends_nothing(tmp_p
     logs = tmp_path / os.fsdecode(b"L\xe4ufe")  # a name in Latin-1
     assert "gr\\xf6\\xdfe: " in run("ascii", "--log-dir", logs / "1")
     assert "epoch 2/2" in run("ascii", "--resume", logs / "1", "--epochs", "2")
+    assert "A recipe of gr\\xf6\\xdfte layers." in run("ascii", "--help")
     assert steps(logs / "1") == [1, 2]
 
 
