@@ -127,6 +127,75 @@ def test_an_epoch_has_the_result_of_the_metric_that_was_returned(returns, metric
         assert (history[name], history[f"val_{name}"]) == (expected, expected), name
 
 
+def of_batches(p):
+    """The mean over batches of 8 of their area under the curve, weighted by their size."""
+    parts = [(BITS[i : i + 8], p[i : i + 8]) for i in range(0, 50, 8)]
+    return sum(area(*part) * len(part[0]) for part in parts) / 50
+
+
+def area(y, p):
+    metric = keras.metrics.AUC()
+    metric.update_state(y, p)
+    return float(metric.result())
+
+
+RESETS = {  # what a step does with one metric, and the results that it returns
+    "before": ("reset update a", {"a": lambda p: area(BITS[48:], p[48:])}),  # as in Keras, what the last batch left
+    "after": ("update a reset", {"a": of_batches}),
+    "between": ("reset update a reset invert b", {"a": of_batches, "b": lambda p: area(BITS[48:], 1 - p[48:])}),
+    "never": ("update a invert b", {"b": lambda p: area(np.r_[BITS, BITS], np.r_[p, 1 - p])}),
+}
+
+
+@pytest.mark.parametrize(("order", "expected"), RESETS.values(), ids=RESETS)
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_step_may_reset_a_metric(order, expected, eager):
+    class Resets(looplab.Trainer):
+        def test_step(self, batch):
+            x, y = batch
+            p, results = self(x), {}
+            for action in order.split():
+                if action == "reset":
+                    self.area.reset_state()
+                elif action in ("update", "invert"):
+                    self.area.update_state(y, p if action == "update" else 1 - p)
+                else:
+                    results[action] = self.area.result()
+            return results
+
+    trainer = Resets(dense(1, "sigmoid"), run_eagerly=eager)
+    trainer.area = keras.metrics.AUC()
+    p = predicted(trainer.model, X)
+    for _ in range(2):
+        results = trainer.evaluate(X, BITS, batch_size=8, verbose=0)
+        assert {name: results[name] for name in expected} == pytest.approx(
+            {name: value(p) for name, value in expected.items()}, rel=1e-5
+        )
+
+
+def test_the_losses_of_outputs_without_names_are_all_there(tmp_path):
+    class Two(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x), 2 * self.dense(x)
+
+    model = Two()
+    options = {"loss": ["mse", "mse"], "loss_weights": [1.0, 3.0], "metrics": ["mae", "mae"]}
+    trainer = looplab.Trainer(model, optimizer=keras.optimizers.SGD(0.0), log_dir=tmp_path, **options)
+    history = trainer.fit(X, (BITS, BITS), batch_size=8, verbose=0).history
+    errors = [np.asarray(output) - BITS for output in model(X)]
+    one, other = ((error**2).mean() for error in errors)
+    expected = {"loss": one + 3 * other, "mse_loss": one, "mse_loss_1": other}
+    expected |= {"mae": abs(errors[0]).mean(), "mae_1": abs(errors[1]).mean()}
+    assert history == {name: pytest.approx([value], rel=1e-5) for name, value in expected.items()}
+    points = read_scalars(tmp_path / "train")
+    parts = [np.average(points[f"batch_loss/{n}"][1], weights=[8] * 6 + [2]) for n in ("mse_loss", "mse_loss_1")]
+    assert parts == pytest.approx([one, 3 * other], rel=1e-5)
+
+
 def test_dict_results_of_compiled_metrics_equal_those_of_keras():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, [layers.Dense(1, "sigmoid", name=name)(inputs) for name in "ab"])
