@@ -277,7 +277,8 @@ class Steps(Tracked):
             with self._batch_metrics.open(kind, self.metrics):
                 self._guard.open()
                 # Where Python goes through the step, batches do not say which of their dimensions are fixed.
-                weight = examples(batch, self._guard.report, element_spec if self.run_eagerly else None)
+                known = examples(batch, self._guard.report, element_spec if self.run_eagerly else None)
+                weight = 1 if known is None else known
                 if self.strategy.num_replicas_in_sync == 1:  # of several, one may have none of a last batch
                     now.rows = weight
                 if kind == "train" and self._class_weights is not None:
@@ -388,16 +389,18 @@ class Steps(Tracked):
         with self._now.open({}):
             return step(batch)
 
-    def _check_rows(self, batch: Any, outputs: Any) -> None:
+    def _check_rows(self, element_spec: Any, batch: Any, outputs: Any) -> None:
         """The default prediction step gives one row for each example.
 
         Raises:
             ValueError: It gives another number of rows, such as where a model's state broadcasts against a short batch.
         """
         if not self._overrides("predict_step") and self.strategy.num_replicas_in_sync == 1:
-            expected = int(examples(checks.parts(batch)[0]))
+            x, signature = (checks.parts(part)[:1] for part in (batch, element_spec))
+            known = examples(x, signature=signature)
+            expected = None if known is None else int(known)
             for output in tf.nest.flatten(outputs):
-                if output.shape[:1] != (expected,):
+                if output.shape[:1] != (expected,) and expected is not None:
                     raise ValueError(f"`predict`: {_row_mismatch(output.shape, expected)}.")
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:

@@ -626,11 +626,37 @@ def test_a_batch_weighs_as_much_as_it_has_examples(make, eager):
     assert Mean(run_eagerly=eager).evaluate(data, verbose=0)["mean"] == pytest.approx(X.mean(), abs=1e-6)
 
 
-def test_what_examples_a_batch_has_is_an_error_where_nothing_decides():
-    two = tf.data.Dataset.from_tensors({"a": tf.ones((3, 2)), "x": tf.ones((4, 2))})
-    with pytest.raises(ValueError, match=r"examples in a batch cannot be determined .*\(3, 2\), \(4, 2\). Pass y"):
-        Mean().evaluate(two, verbose=0)
+@pytest.mark.parametrize("make", [*BATCHES.values()][:6], ids=[*BATCHES][:6])
+@pytest.mark.parametrize("eager", [False, True])
+def test_predictions_have_a_row_for_each_example(make, eager):
+    """Beside a scalar, a table or a matrix, also where y is a part of the data."""
 
+    class Rows(keras.Model):
+        def call(self, x):
+            return 2 * x["x"]
+
+    data = tf.data.Dataset.from_tensor_slices(X).batch(8).map(make)
+    predictions = looplab.Trainer(Rows(), run_eagerly=eager).predict(data, verbose=0)
+    np.testing.assert_array_equal(predictions, 2 * X)
+
+
+def test_a_tuple_x_may_have_a_matrix():
+    class First(keras.Model):
+        def call(self, x):
+            return 2 * x[0]
+
+    data = tf.data.Dataset.from_tensor_slices(X).batch(8).map(lambda x: ((x, tf.eye(7)), x))
+    np.testing.assert_array_equal(looplab.Trainer(First()).predict(data, verbose=0), 2 * X)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_batches_of_one_size_weigh_the_same(eager):
+    """Which dimension counts the examples is not known here, and makes no difference."""
+    data = tf.data.Dataset.from_tensor_slices(X).batch(8, drop_remainder=True).map(lambda x: {"a": tf.eye(4), "x": x})
+    assert Mean(run_eagerly=eager).evaluate(data, verbose=0)["mean"] == pytest.approx(X[:48].mean(), abs=1e-6)
+
+
+def test_parts_of_a_batch_that_differ_in_length_are_an_error():
     def make():
         yield np.ones(3), np.ones(3)
         yield np.ones(3), np.ones(4)
