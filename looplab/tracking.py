@@ -335,6 +335,11 @@ def plain(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def rate_of(optimizer: keras.Optimizer) -> Any:
+    """The learning rate of an optimizer as it holds it: a variable, a schedule, or a function."""
+    return getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
+
+
 def trained_by(optimizer: keras.Optimizer) -> list[Any]:
     """The variables that an optimizer was built for."""
     return optimizer._trainable_variables

@@ -719,6 +719,18 @@ def test_sparse_gradients_are_unscaled_too():
     assert Sparse(optimizer=optimizer).fit(np.array([1, 1, 2]), verbose=0).history["sum"] == [6.0]
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_replicas_train_as_one_device_does(eager, two_devices):
+    def run(strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            trainer = looplab.Trainer(dense(), optimizer="sgd", loss="mse", metrics=["mae"], seed=0, run_eagerly=eager)
+        history = trainer.fit(X, BITS, batch_size=10, validation_data=(X, BITS), verbose=0).history
+        return [value for values in history.values() for value in values]
+
+    assert run(two_devices) == pytest.approx(run(tf.distribute.get_strategy()), rel=1e-5)
+
+
 # A trace follows what it depends on.
 
 
@@ -777,6 +789,22 @@ def test_a_new_loss_or_metric_of_a_step_is_the_one_that_counts():
         assert trainer.evaluate(X, BITS, verbose=0) == {"loss": expected, "metric": expected}
     trainer.distance = lambda y, p: tf.constant(3.0)
     assert trainer.evaluate(X, BITS, verbose=0)["loss"] == 3
+
+
+def test_a_new_schedule_counts_at_once():
+    trainer = looplab.Trainer(dense(), optimizer=keras.optimizers.SGD(0.1), loss="mse")
+    trainer.fit(X, BITS, verbose=0)
+    weights = []
+
+    def stand_still(*_):
+        weights.append(trainer.get_weights())
+        trainer.optimizer.learning_rate = keras.optimizers.schedules.PolynomialDecay(0.0, 5, 0.0)
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=stand_still)
+    trainer.fit(X, BITS, epochs=2, verbose=0, callbacks=[callback])
+    trainer.fit(X, BITS, verbose=0)
+    for one, other in zip(weights[0], trainer.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_unfreezing_says_what_to_do_and_does_it_with_a_new_optimizer():
