@@ -90,6 +90,11 @@ class BatchMetrics:
         step: _Step | None = getattr(_thread, "step", None)
         return None if step is None else step.results.get(id(value), (None, None))[1]
 
+    def is_updated(self, value: Any) -> bool:
+        """Whether a value is no metric's result, or that of a metric which the running step updated."""
+        source = self.source(value)
+        return source is None or any(source.metric is metric for metric in _thread.step.updated)
+
     def not_returned(self) -> list[Named]:
         """The results of the metrics that the step updated and did not ask for, as those of layers, where scalar."""
         step = _thread.step

@@ -160,9 +160,12 @@ class Steps(Tracked):
         As in `keras.Model`, `metrics` do not see `sample_weight`. With several outputs, the loss of each is among the
         values.
         """
-        if own := self._of_model("compute_metrics"):
-            return own(x, y, y_pred, sample_weight)
         by_output = self._output_losses()
+        if own := self._of_model("compute_metrics"):
+            # Among its results are Keras's means of losses, which only Keras's own `compute_loss` and steps update.
+            results = own(x, y, y_pred, sample_weight)
+            updated = {name: value for name, value in results.items() if self._batch_metrics.is_updated(value)}
+            return {name: mean.result() for name, mean in by_output.items()} | updated
         means = by_output.values()
         metrics = [metric for metric in self._compiled.metrics[1:] if metric not in means]  # the first is the loss
         with checks.structures(y_pred, y=y, metrics=self._metrics):
@@ -322,6 +325,8 @@ class Steps(Tracked):
             self._guard.report(tf.reshape(differ, [1]), [_row_mismatch(output.shape, "as many as y has")])
         if weight is not None:
             name = getattr(loss, "name", "")
+            leaves = tf.nest.flatten(weight)
+            weight = leaves[0] if len(leaves) == 1 else weight  # a list of one, beside y in a list of one
             shape = plausible.values_shape(loss, target, output)
             weight = align("sample_weight", weight, shape, f"the values of `loss` {name} of y of shape {target.shape}")
         wanted = plausible.wanted(loss, target, output, path)

@@ -196,6 +196,30 @@ def test_the_losses_of_outputs_without_names_are_all_there(tmp_path):
     assert parts == pytest.approx([one, 3 * other], rel=1e-5)
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_a_models_own_metrics_leave_the_losses(outputs, own_loss):
+    """`super().compute_metrics` of Keras also returns its means of losses."""
+
+    class Own(keras.Model):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            results = super().compute_metrics(x, y, y_pred, sample_weight)
+            return {**results, "largest": tf.reduce_max(y_pred if outputs == 1 else y_pred[0])}
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (2 if own_loss else 1)
+
+    inputs = keras.Input((3,))
+    named = [layers.Dense(1, name=name)(inputs) for name in "ab"[:outputs]]
+    model = Own(inputs, named if outputs == 2 else named[0])
+    options = {"loss": "mse", "metrics": [["mae"]] * 2 if outputs == 2 else ["mae"]}
+    y = [BITS] * 2 if outputs == 2 else BITS
+    model.compile(**options)
+    expected = model.evaluate(X, y, batch_size=50, verbose=0, return_dict=True)
+    results = looplab.Trainer(model, **options).evaluate(X, y, batch_size=50, verbose=0)
+    assert results == pytest.approx(expected, rel=1e-5)
+
+
 def test_dict_results_of_compiled_metrics_equal_those_of_keras():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, [layers.Dense(1, "sigmoid", name=name)(inputs) for name in "ab"])
