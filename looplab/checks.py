@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.metrics import Named
-from looplab.tracking import path_of, to_numpy, trained_by
+from looplab.tracking import path_of, rate_of, to_numpy, trained_by
 from looplab.warn import warn
 
 _WORDS = "begin the model with `keras.layers.StringLookup` or `TextVectorization`"
@@ -323,10 +323,9 @@ def hparams(values: Any) -> None:
 def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
     """Each is a finite number of at least 0, where it is one number and not a schedule."""
     for path, optimizer in optimizers.items():
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
-        if isinstance(inner._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+        if isinstance(rate_of(optimizer), keras.optimizers.schedules.LearningRateSchedule):
             continue
-        rate = float(to_numpy(inner.learning_rate))
+        rate = float(to_numpy(optimizer.learning_rate))
         if not 0 <= rate < math.inf:
             raise ValueError(f"`learning_rate` of `{path}` must be a finite number of at least 0; {rate} came.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -52,6 +53,7 @@ class Epochs(Traces):
         self.skipped_steps = 0
         self._test_steps = 0
         self._fits = Fits(self.log_dir)
+        self._eager_steps = threading.RLock()  # where Python runs steps, evaluations use the variables themselves
 
     def _run(
         self,
@@ -87,7 +89,7 @@ class Epochs(Traces):
                     getattr(hook, f"on_{kind}_batch_begin")(done, {})
             if watches and not loop.eager:  # a callback may have frozen a layer
                 loop = self._prepared(kind, loop.element_spec, loop.eager)
-            with self._recording() if loop.eager else contextlib.nullcontext():
+            with self._eagerly() if loop.eager else contextlib.nullcontext():
                 first = 1 + (self.steps if kind == "train" else done)
                 try:
                     logs = loop(iterator, asked, first, progress.in_a_row, self.skip_nonfinite)
@@ -169,7 +171,7 @@ class Epochs(Traces):
         """The values of a pass, parts of the loss too: the results of metrics, and means of all else."""
         sources = loop.meaning.sources
         metrics = {id(source.metric): source.metric for source in sources.values()}
-        with self._in_scope(loop):
+        with self._eager_steps, self._in_scope(loop):
             outcomes = {key: metric.result() for key, metric in metrics.items()}
             results = {name: float(source.of(outcomes[id(source.metric)])) for name, source in sources.items()}
         results = {name: results.get(name, mean) for name, mean in means.result().items()}
@@ -238,18 +240,25 @@ class Epochs(Traces):
                     copy.assign(value)
 
     @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Afterwards each variable that is not trained is as it was before."""
-        kept = [(variable, to_numpy(variable)) for variable in self._untrained()]
-        try:
+    def _eagerly(self) -> Iterator[None]:
+        """Within it, this thread runs steps line by line, and no other thread evaluates or predicts so."""
+        with self._eager_steps, self._recording():
             yield
-        finally:
-            for variable, value in kept:
-                variable.assign(value)
-            known = {id(plain(variable)) for variable, _ in kept}
-            for metric in self.metrics:  # those that were built within
-                if any(id(plain(variable)) not in known for variable in metric.variables):
-                    metric.reset_state()
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Afterwards each variable is as it was before; meanwhile no other thread runs a step line by line."""
+        with self._eager_steps:
+            kept = [(variable, to_numpy(variable)) for variable in self._changeable()]
+            try:
+                yield
+            finally:
+                for variable, value in kept:
+                    variable.assign(value)
+                known = {id(plain(variable)) for variable, _ in kept}
+                for metric in self.metrics:  # those that were built within
+                    if any(id(plain(variable)) not in known for variable in metric.variables):
+                        metric.reset_state()
 
     def _in_scope(self, loop: Loop) -> contextlib.AbstractContextManager:
         """Within it, in this thread, metrics are what the loop's pass made of them."""
@@ -284,8 +293,9 @@ class Epochs(Traces):
         return [variable for metric in self.metrics for variable in metric.variables]
 
     def _reset_metrics(self) -> None:
-        for metric in self.metrics:
-            metric.reset_state()
+        with self._eager_steps:
+            for metric in self.metrics:
+                metric.reset_state()
 
     def _gathered(self, value: Any) -> Any:
         """All replicas' rows, in order."""

@@ -251,6 +251,8 @@ class Fit:
     def _state_now(self) -> dict[str, Any]:
         """All that decides how the training continues, copied."""
         trainer, progress = self.trainer, self._progress
+        with trainer._eager_steps:
+            variables = state.values(trainer._all_state())
         return {
             "steps": trainer.steps,
             "epochs": trainer.epochs,
@@ -276,7 +278,7 @@ class Fit:
             "events": trainer._events.sizes(),
             "appended": appended.sizes(self.callbacks.callbacks),
             "callbacks": self._callback_states(),
-            "variables": state.values(trainer._all_state()),
+            "variables": variables,
             **self._before_validation,
         }
 

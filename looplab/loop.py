@@ -176,7 +176,7 @@ class Loop:
         `tf.function` lets a step make variables, but not variables with a copy on each replica.
         """
         with releasable, tf.__internal__.FuncGraph("variables").as_default():
-            one_replica = tf.nest.map_structure(_of_one_replica, self.element_spec)
+            one_replica = tf.nest.map_structure(of_one_replica, self.element_spec)
             batch = tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), one_replica)
             self._strategy.run(self._step, (batch, tf.constant(1, tf.int64)))
 
@@ -265,7 +265,7 @@ class Loop:
         return tf.stack(cells) if cells else tf.zeros((0,), tf.string)
 
 
-def _of_one_replica(spec: Any) -> Any:
+def of_one_replica(spec: Any) -> Any:
     """The signature of a tensor on the first replica."""
     return spec._value_specs[0] if hasattr(spec, "_value_specs") else spec
 

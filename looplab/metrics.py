@@ -90,6 +90,11 @@ class BatchMetrics:
         step: _Step | None = getattr(_thread, "step", None)
         return None if step is None else step.results.get(id(value), (None, None))[1]
 
+    def is_updated(self, value: Any) -> bool:
+        """Whether a value is no metric's result, or that of a metric which the running step updated."""
+        source = self.source(value)
+        return source is None or any(source.metric is metric for metric in _thread.step.updated)
+
     def not_returned(self) -> list[Named]:
         """The results of the metrics that the step updated and did not ask for, as those of layers, where scalar."""
         step = _thread.step
@@ -186,6 +191,20 @@ class _Step:
             with self._on_copies(metric):
                 return self.recorded(metric, result())
 
+    def reset(self, metric: keras.Metric, reset_state: Callable[[], Any]) -> Any:
+        if self._is_within:
+            return reset_state()
+        with self.alone():
+            outcome = reset_state()
+            for variable in metric.variables:
+                if copy := self._owner.copies.get(id(variable)):
+                    copy.reset()
+        # What was returned before is no longer a result over the epoch.
+        fresh = {*map(id, metric.variables)}
+        kept = [known for known in self.results.values() if not fresh & {*map(id, known[1].metric.variables)}]
+        self.results = {id(value): (value, source) for value, source in kept}
+        return outcome
+
     def recorded(self, metric: keras.Metric, result: Any, keys: tuple[Any, ...] = ()) -> Any:
         """The result as tensors, each known from now on as this metric's."""
         if isinstance(result, dict):
@@ -227,7 +246,16 @@ def _resulting(result: Callable[..., Any], metric: keras.Metric) -> Any:
     return result(metric) if step is None else step.result(metric, functools.partial(result, metric))
 
 
-watching = Hooks(keras.Metric, {"update_state": _updating, "result": _resulting}, subclasses=True)
+def _resetting(reset_state: Callable[..., Any], metric: keras.Metric) -> Any:
+    step: _Step | None = getattr(_thread, "step", None)
+    return reset_state(metric) if step is None else step.reset(metric, functools.partial(reset_state, metric))
+
+
+watching = Hooks(
+    keras.Metric,
+    {"update_state": _updating, "result": _resulting, "reset_state": _resetting},
+    subclasses=True,
+)
 """Within it, all metrics give the values of batches in a thread where a step is open."""
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -159,16 +160,21 @@ class Steps(Tracked):
         As in `keras.Model`, `metrics` do not see `sample_weight`. With several outputs, the loss of each is among the
         values.
         """
-        if own := self._of_model("compute_metrics"):
-            return own(x, y, y_pred, sample_weight)
         by_output = self._output_losses()
-        metrics = [metric for metric in self._compiled.metrics[1:] if metric not in by_output]  # the first is the loss
+        if own := self._of_model("compute_metrics"):
+            # Among its results are Keras's means of losses, which only Keras's own `compute_loss` and steps update.
+            results = own(x, y, y_pred, sample_weight)
+            updated = {name: value for name, value in results.items() if self._batch_metrics.is_updated(value)}
+            return {name: mean.result() for name, mean in by_output.items()} | updated
+        means = by_output.values()
+        metrics = [metric for metric in self._compiled.metrics[1:] if metric not in means]  # the first is the loss
         with checks.structures(y_pred, y=y, metrics=self._metrics):
             for metric in metrics:
                 metric.update_state(y, y_pred, sample_weight)
         for metric in metrics:
             self._doubt_metrics(getattr(metric, "metrics", [metric]))
-        results = ((metric.name, metric.result()) for metric in (*metrics, *by_output))
+        by_name = [*((metric.name, metric) for metric in metrics), *by_output.items()]
+        results = ((name, metric.result()) for name, metric in by_name)
         named = [one for name, result in results for one in self._batch_metrics.named(name, result)]
         checks.unique("compute_metrics", [Named("loss", None, "the loss"), *named])
         return {one.name: one.value for one in named}
@@ -274,7 +280,8 @@ class Steps(Tracked):
             with self._batch_metrics.open(kind, self.metrics):
                 self._guard.open()
                 # Where Python goes through the step, batches do not say which of their dimensions are fixed.
-                weight = examples(batch, self._guard.report, element_spec if self.run_eagerly else None)
+                known = examples(batch, self._guard.report, element_spec if self.run_eagerly else None)
+                weight = 1 if known is None else known
                 if self.strategy.num_replicas_in_sync == 1:  # of several, one may have none of a last batch
                     now.rows = weight
                 if kind == "train" and self._class_weights is not None:
@@ -300,8 +307,8 @@ class Steps(Tracked):
                 if not now.guarded:
                     self._guard.report(tf.reshape(tf.equal(now.rows, 0), [1]), [NO_ROWS])
                 sources = {one.name: one.source for one in named if one.source is not None}
-                by_output = self._output_losses()  # Keras's means of these take a ragged last batch for a whole one
-                sources = {n: source for n, source in sources.items() if source.metric not in by_output}
+                means = self._output_losses().values()  # these of Keras's take a ragged last batch for a whole one
+                sources = {n: source for n, source in sources.items() if source.metric not in means}
                 meaning = self._batch_metrics.meanings[kind] = Meaning(sources, frozenset(rates), frozenset(parts))
                 return StepLogs({**rates, **values}, now.images, self._guard.fault(), weight, meaning)
 
@@ -318,6 +325,8 @@ class Steps(Tracked):
             self._guard.report(tf.reshape(differ, [1]), [_row_mismatch(output.shape, "as many as y has")])
         if weight is not None:
             name = getattr(loss, "name", "")
+            leaves = tf.nest.flatten(weight)
+            weight = leaves[0] if len(leaves) == 1 else weight  # a list of one, beside y in a list of one
             shape = plausible.values_shape(loss, target, output)
             weight = align("sample_weight", weight, shape, f"the values of `loss` {name} of y of shape {target.shape}")
         wanted = plausible.wanted(loss, target, output, path)
@@ -385,16 +394,18 @@ class Steps(Tracked):
         with self._now.open({}):
             return step(batch)
 
-    def _check_rows(self, batch: Any, outputs: Any) -> None:
+    def _check_rows(self, element_spec: Any, batch: Any, outputs: Any) -> None:
         """The default prediction step gives one row for each example.
 
         Raises:
             ValueError: It gives another number of rows, such as where a model's state broadcasts against a short batch.
         """
         if not self._overrides("predict_step") and self.strategy.num_replicas_in_sync == 1:
-            expected = int(examples(checks.parts(batch)[0]))
+            x, signature = (checks.parts(part)[:1] for part in (batch, element_spec))
+            known = examples(x, signature=signature)
+            expected = None if known is None else int(known)
             for output in tf.nest.flatten(outputs):
-                if output.shape[:1] != (expected,):
+                if output.shape[:1] != (expected,) and expected is not None:
                     raise ValueError(f"`predict`: {_row_mismatch(output.shape, expected)}.")
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:
@@ -412,12 +423,22 @@ class Steps(Tracked):
             return {loss or getattr(self._loss, "__name__", None) or "targets": total}
         weights = self._loss_weights
         if isinstance(weights, dict):
-            weights = [weights.get(metric.name.removesuffix("_loss"), 1.0) for metric in by_output]
-        return {m.name: m.result() * w for m, w in zip(by_output, weights or [1.0] * len(by_output), strict=True)}
+            weights = [weights.get(name.removesuffix("_loss"), 1.0) for name in by_output]
+        weighted = zip(by_output.items(), weights or [1.0] * len(by_output), strict=True)
+        return {name: metric.result() * weight for (name, metric), weight in weighted}
 
-    def _output_losses(self) -> list[keras.Metric]:
-        """Keras's means of the loss of each output, where there are several."""
-        return [m for m in self._compiled.metrics if isinstance(m, keras.metrics.Mean) and m.name.endswith("_loss")]
+    def _output_losses(self) -> dict[str, keras.Metric]:
+        """Keras's means of the loss of each output, where there are several.
+
+        Keras names those of outputs without names after the loss function: `mse_loss`, then `mse_loss_1` here, as Keras
+        itself tells metrics of one name apart.
+        """
+        by_name: dict[str, keras.Metric] = {}
+        for metric in self._compiled.metrics:
+            if isinstance(metric, keras.metrics.Mean) and metric.name.endswith("_loss"):
+                names = itertools.chain([metric.name], (f"{metric.name}_{count}" for count in itertools.count(1)))
+                by_name[next(name for name in names if name not in by_name)] = metric
+        return by_name
 
     def _watched(self, tape: tf.GradientTape) -> list[Any]:
         """`trainable_variables`, and what else the tape saw that nothing leads to: it is kept from then on."""

@@ -17,9 +17,9 @@ from looplab import data
 from looplab.errors import raise_own
 from looplab.graphs import Copies, trace
 from looplab.log import Logs
-from looplab.loop import Loop
+from looplab.loop import Loop, of_one_replica
 from looplab.randomness import random_operations
-from looplab.tracking import of_each_replica, plain
+from looplab.tracking import of_each_replica, plain, rate_of
 from looplab.warn import warn
 
 
@@ -52,7 +52,8 @@ class Traces(Logs):
         learns = kind == "train"
 
         def make() -> Loop:
-            step = functools.partial(self._run_step, kind, self._step_function(kind), element_spec)
+            of_replica = tf.nest.map_structure(of_one_replica, element_spec)
+            step = functools.partial(self._run_step, kind, self._step_function(kind), of_replica)
             metrics, loop = None, None
             kept: list[Any] = []
             strays: list[Any] = []
@@ -136,6 +137,8 @@ class Traces(Logs):
                     found += [layer, layer.trainable]
             elif isinstance(held.thing, (tf.Variable, keras.Variable)):
                 found.append(held.thing.trainable)
+            elif isinstance(held.thing, keras.Optimizer):
+                found.append(rate_of(held.thing))
         own = [value for value in vars(self).values() if not isinstance(value, (list, dict)) or len(value) < 100]
         found += [leaf for leaf in keras.tree.flatten(own) if isinstance(leaf, (keras.Loss, types.FunctionType))]
         return [*found, *self.trainable_variables]

@@ -48,10 +48,12 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
     """Each thing with state below `attributes`, once, in the order of the attributes.
 
     Goes into lists, tuples, dicts, `tf.Module`s, objects of users' classes, and functions (what they close over, and
-    the globals that they name). A Keras layer or model is one thing, and Keras knows its inside; but the `tf.Variable`s
-    among the attributes of a layer, which Keras does not see, are found beside it.
+    the globals that they name). A Keras layer or model is one thing, and Keras knows its inside. Variables among a
+    layer's attributes that Keras does not track are found beside it: each `tf.Variable`, and the states of a stateful
+    RNN.
     """
     seen: set[int] = set()
+    tracked: set[int] = set()  # the variables that Keras sees
 
     def visit(path: str, value: Any, is_own: bool) -> Iterator[Held]:
         if id(value) in seen:
@@ -62,6 +64,7 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
             is_bare = is_own and is_variable and not isinstance(value, keras.Variable)
             yield Held(path, value, is_variable and is_trainable(value), is_bare)
             if isinstance(value, keras.Layer):
+                tracked.update(map(id, value.variables))
                 for index, layer in enumerate(value._flatten_layers()):
                     yield from unseen_by_keras(f"{path}/{index}", layer, layer)
             return
@@ -72,7 +75,7 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
     def unseen_by_keras(path: str, layer: keras.Layer, value: Any) -> Iterator[Held]:
         for name, inner in vars(value).items() if value is layer else _members(value):
             is_container = isinstance(inner, (dict, list, tuple)) and not name.startswith("_self_")
-            if id(inner) in seen or not (is_container or isinstance(inner, tf.Variable)):
+            if id(inner) in seen or id(inner) in tracked or not (is_container or isinstance(inner, _VARIABLES)):
                 continue
             seen.add(id(inner))
             if is_container:
@@ -338,6 +341,11 @@ def _tell_output_shapes(model: keras.Model) -> None:
 def plain(variable: Any) -> Any:
     """The TensorFlow variable that a Keras variable is; anything else as it is."""
     return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def rate_of(optimizer: keras.Optimizer) -> Any:
+    """The learning rate of an optimizer as it holds it: a variable, a schedule, or a function."""
+    return getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
 
 
 def trained_by(optimizer: keras.Optimizer) -> list[Any]:

@@ -244,7 +244,7 @@ class Trainer(Epochs):
                     break
                 callback_list.on_predict_batch_begin(len(outputs))
                 rows = tf.nest.map_structure(self._gathered, predictor.call(batch.get_value()))
-                self._check_rows(batch.get_value(), rows)
+                self._check_rows(batches.element_spec, batch.get_value(), rows)
                 outputs.append(rows)
                 callback_list.on_predict_batch_end(len(outputs) - 1, {"outputs": outputs[-1]})
             callback_list.on_predict_end()

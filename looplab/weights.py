@@ -18,19 +18,17 @@ Report = Callable[[tf.Tensor, Sequence[str]], None]
 """Reports faults of the running step: a vector of bools, and a message for each."""
 
 
-def examples(batch: Any, report: Report | None = None, signature: Any = None) -> tf.Tensor | int:
+def examples(batch: Any, report: Report | None = None, signature: Any = None) -> tf.Tensor | int | None:
     """How many examples a batch has: the leading dimension of y; without y, the one that the inputs share.
 
     Scalars have none, and of several dimensions the unknown ones count, because those of tables and matrices that
-    are the same in each batch are known. A batch of scalars alone counts as one example.
+    are the same in each batch are known. A batch of scalars alone counts as one example. None where all dimensions are
+    known and nothing decides between them: then all batches have the same number.
 
     Args:
         batch: x, (x, y), (x, y, sample_weight), or any other structure, which is x.
         report: Called where it cannot be known before the step runs whether all dimensions are equal.
         signature: Of the batch, which says what dimensions are known; by default the batch itself.
-
-    Raises:
-        ValueError: The dimensions differ, and nothing decides between them.
     """
     x, y, _ = unpack(batch)
     known_x, known_y, _ = unpack(batch if signature is None else signature)
@@ -46,13 +44,7 @@ def examples(batch: Any, report: Report | None = None, signature: Any = None) ->
         sizes = Counter(shape[0] for _, shape in leaves).most_common(2)
         if len(sizes) == 1 or (sizes and sizes[0][1] > sizes[1][1]):
             return sizes[0][0]
-    if not leaves:
-        return 1
-    shapes = ", ".join(str(shape) for _, shape in leaves)
-    raise ValueError(
-        f"The number of examples in a batch cannot be determined from tensors of shapes {shapes}. Pass y, or let all "
-        f"inputs share their first dimension."
-    )
+    return None if leaves else 1
 
 
 def align(name: str, weights: tf.Tensor, shape: tf.TensorShape, what: str) -> tf.Tensor:

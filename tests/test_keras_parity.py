@@ -249,6 +249,7 @@ ROWS = {
     "weights (n, T)": Row(per_step, (series, y_series), weight=w_series),
     "weights (n, 1) for (n, T)": Row(per_step, (series, y_series), weight=w[:, None]),
     "weights, one for two outputs": Row(two, (x, [y, y2]), weight=w),
+    "weights, list of one": Row(one, (x, [y]), MAE, weight=[w]),
     "weights, list": Row(two, (x, [y, y2]), MIXED, weight=[w, w2[:, None]]),
     "weights, none for one": Row(two, (x, [y, y2]), weight=[w, None]),
     "weights, dict": Row(named, (x, named_y), weight={"a": w, "b": w2}),

@@ -127,6 +127,99 @@ def test_an_epoch_has_the_result_of_the_metric_that_was_returned(returns, metric
         assert (history[name], history[f"val_{name}"]) == (expected, expected), name
 
 
+def of_batches(p):
+    """The mean over batches of 8 of their area under the curve, weighted by their size."""
+    parts = [(BITS[i : i + 8], p[i : i + 8]) for i in range(0, 50, 8)]
+    return sum(area(*part) * len(part[0]) for part in parts) / 50
+
+
+def area(y, p):
+    metric = keras.metrics.AUC()
+    metric.update_state(y, p)
+    return float(metric.result())
+
+
+RESETS = {  # what a step does with one metric, and the results that it returns
+    "before": ("reset update a", {"a": lambda p: area(BITS[48:], p[48:])}),  # as in Keras, what the last batch left
+    "after": ("update a reset", {"a": of_batches}),
+    "between": ("reset update a reset invert b", {"a": of_batches, "b": lambda p: area(BITS[48:], 1 - p[48:])}),
+    "never": ("update a invert b", {"b": lambda p: area(np.r_[BITS, BITS], np.r_[p, 1 - p])}),
+}
+
+
+@pytest.mark.parametrize(("order", "expected"), RESETS.values(), ids=RESETS)
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_step_may_reset_a_metric(order, expected, eager):
+    class Resets(looplab.Trainer):
+        def test_step(self, batch):
+            x, y = batch
+            p, results = self(x), {}
+            for action in order.split():
+                if action == "reset":
+                    self.area.reset_state()
+                elif action in ("update", "invert"):
+                    self.area.update_state(y, p if action == "update" else 1 - p)
+                else:
+                    results[action] = self.area.result()
+            return results
+
+    trainer = Resets(dense(1, "sigmoid"), run_eagerly=eager)
+    trainer.area = keras.metrics.AUC()
+    p = predicted(trainer.model, X)
+    for _ in range(2):
+        results = trainer.evaluate(X, BITS, batch_size=8, verbose=0)
+        assert {name: results[name] for name in expected} == pytest.approx(
+            {name: value(p) for name, value in expected.items()}, rel=1e-5
+        )
+
+
+def test_the_losses_of_outputs_without_names_are_all_there(tmp_path):
+    class Two(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x), 2 * self.dense(x)
+
+    model = Two()
+    options = {"loss": ["mse", "mse"], "loss_weights": [1.0, 3.0], "metrics": ["mae", "mae"]}
+    trainer = looplab.Trainer(model, optimizer=keras.optimizers.SGD(0.0), log_dir=tmp_path, **options)
+    history = trainer.fit(X, (BITS, BITS), batch_size=8, verbose=0).history
+    errors = [np.asarray(output) - BITS for output in model(X)]
+    one, other = ((error**2).mean() for error in errors)
+    expected = {"loss": one + 3 * other, "mse_loss": one, "mse_loss_1": other}
+    expected |= {"mae": abs(errors[0]).mean(), "mae_1": abs(errors[1]).mean()}
+    assert history == {name: pytest.approx([value], rel=1e-5) for name, value in expected.items()}
+    points = read_scalars(tmp_path / "train")
+    parts = [np.average(points[f"batch_loss/{n}"][1], weights=[8] * 6 + [2]) for n in ("mse_loss", "mse_loss_1")]
+    assert parts == pytest.approx([one, 3 * other], rel=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_a_models_own_metrics_leave_the_losses(outputs, own_loss):
+    """`super().compute_metrics` of Keras also returns its means of losses."""
+
+    class Own(keras.Model):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            results = super().compute_metrics(x, y, y_pred, sample_weight)
+            return {**results, "largest": tf.reduce_max(y_pred if outputs == 1 else y_pred[0])}
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (2 if own_loss else 1)
+
+    inputs = keras.Input((3,))
+    named = [layers.Dense(1, name=name)(inputs) for name in "ab"[:outputs]]
+    model = Own(inputs, named if outputs == 2 else named[0])
+    options = {"loss": "mse", "metrics": [["mae"]] * 2 if outputs == 2 else ["mae"]}
+    y = [BITS] * 2 if outputs == 2 else BITS
+    model.compile(**options)
+    expected = model.evaluate(X, y, batch_size=50, verbose=0, return_dict=True)
+    results = looplab.Trainer(model, **options).evaluate(X, y, batch_size=50, verbose=0)
+    assert results == pytest.approx(expected, rel=1e-5)
+
+
 def test_dict_results_of_compiled_metrics_equal_those_of_keras():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, [layers.Dense(1, "sigmoid", name=name)(inputs) for name in "ab"])
@@ -557,11 +650,37 @@ def test_a_batch_weighs_as_much_as_it_has_examples(make, eager):
     assert Mean(run_eagerly=eager).evaluate(data, verbose=0)["mean"] == pytest.approx(X.mean(), abs=1e-6)
 
 
-def test_what_examples_a_batch_has_is_an_error_where_nothing_decides():
-    two = tf.data.Dataset.from_tensors({"a": tf.ones((3, 2)), "x": tf.ones((4, 2))})
-    with pytest.raises(ValueError, match=r"examples in a batch cannot be determined .*\(3, 2\), \(4, 2\). Pass y"):
-        Mean().evaluate(two, verbose=0)
+@pytest.mark.parametrize("make", [*BATCHES.values()][:6], ids=[*BATCHES][:6])
+@pytest.mark.parametrize("eager", [False, True])
+def test_predictions_have_a_row_for_each_example(make, eager):
+    """Beside a scalar, a table or a matrix, also where y is a part of the data."""
 
+    class Rows(keras.Model):
+        def call(self, x):
+            return 2 * x["x"]
+
+    data = tf.data.Dataset.from_tensor_slices(X).batch(8).map(make)
+    predictions = looplab.Trainer(Rows(), run_eagerly=eager).predict(data, verbose=0)
+    np.testing.assert_array_equal(predictions, 2 * X)
+
+
+def test_a_tuple_x_may_have_a_matrix():
+    class First(keras.Model):
+        def call(self, x):
+            return 2 * x[0]
+
+    data = tf.data.Dataset.from_tensor_slices(X).batch(8).map(lambda x: ((x, tf.eye(7)), x))
+    np.testing.assert_array_equal(looplab.Trainer(First()).predict(data, verbose=0), 2 * X)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_batches_of_one_size_weigh_the_same(eager):
+    """Which dimension counts the examples is not known here, and makes no difference."""
+    data = tf.data.Dataset.from_tensor_slices(X).batch(8, drop_remainder=True).map(lambda x: {"a": tf.eye(4), "x": x})
+    assert Mean(run_eagerly=eager).evaluate(data, verbose=0)["mean"] == pytest.approx(X[:48].mean(), abs=1e-6)
+
+
+def test_parts_of_a_batch_that_differ_in_length_are_an_error():
     def make():
         yield np.ones(3), np.ones(3)
         yield np.ones(3), np.ones(4)
@@ -624,6 +743,18 @@ def test_sparse_gradients_are_unscaled_too():
     assert Sparse(optimizer=optimizer).fit(np.array([1, 1, 2]), verbose=0).history["sum"] == [6.0]
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_replicas_train_as_one_device_does(eager, two_devices):
+    def run(strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            trainer = looplab.Trainer(dense(), optimizer="sgd", loss="mse", metrics=["mae"], seed=0, run_eagerly=eager)
+        history = trainer.fit(X, BITS, batch_size=10, validation_data=(X, BITS), verbose=0).history
+        return [value for values in history.values() for value in values]
+
+    assert run(two_devices) == pytest.approx(run(tf.distribute.get_strategy()), rel=1e-5)
+
+
 # A trace follows what it depends on.
 
 
@@ -682,6 +813,22 @@ def test_a_new_loss_or_metric_of_a_step_is_the_one_that_counts():
         assert trainer.evaluate(X, BITS, verbose=0) == {"loss": expected, "metric": expected}
     trainer.distance = lambda y, p: tf.constant(3.0)
     assert trainer.evaluate(X, BITS, verbose=0)["loss"] == 3
+
+
+def test_a_new_schedule_counts_at_once():
+    trainer = looplab.Trainer(dense(), optimizer=keras.optimizers.SGD(0.1), loss="mse")
+    trainer.fit(X, BITS, verbose=0)
+    weights = []
+
+    def stand_still(*_):
+        weights.append(trainer.get_weights())
+        trainer.optimizer.learning_rate = keras.optimizers.schedules.PolynomialDecay(0.0, 5, 0.0)
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=stand_still)
+    trainer.fit(X, BITS, epochs=2, verbose=0, callbacks=[callback])
+    trainer.fit(X, BITS, verbose=0)
+    for one, other in zip(weights[0], trainer.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_unfreezing_says_what_to_do_and_does_it_with_a_new_optimizer():

@@ -1,5 +1,6 @@
 """What a user sees of `Trainer` on small models and data."""
 
+import functools
 import gc
 import json
 import os
@@ -161,6 +162,28 @@ def test_evaluation_leaves_everything_as_it_was(line):
     assert first["loss"] == pytest.approx(float(np.mean((trainer.predict(x) - y) ** 2)), rel=1e-5)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("kind", ["stateful", "spectral"])
+def test_reading_leaves_states_and_trained_weights(kind, eager):
+    """The states of a stateful RNN, which Keras does not list, and a kernel that its layer assigns as it is called."""
+
+    class InTrainingMode(looplab.Trainer):
+        def predict_step(self, batch):
+            return self(batch, training=True)
+
+    batches, y = np.random.default_rng(0).normal(size=(24, 5, 3)), np.ones((24, 1))
+    layer = layers.LSTM(4, stateful=True) if kind == "stateful" else layers.SpectralNormalization(layers.Dense(4))
+    model = keras.Sequential([keras.Input(batch_shape=(8, 5, 3)), layer, layers.Flatten(), layers.Dense(1)])
+    trainer = InTrainingMode(model, optimizer="adam", loss="mse", run_eagerly=eager)
+    trainer.fit(batches, y, batch_size=8, verbose=0)
+    variables = [*model.variables, *(layer.states if kind == "stateful" else [])]
+    before = [np.array(variable) for variable in variables]
+    for read in (trainer.predict, functools.partial(trainer.evaluate, y=y)):
+        read(batches, batch_size=8, verbose=0)
+        for variable, value in zip(variables, before, strict=True):
+            np.testing.assert_array_equal(variable, value)
+
+
 class Jitter(layers.Layer):
     """Adds noise, in evaluation too, and counts its calls."""
 
@@ -174,15 +197,16 @@ class Jitter(layers.Layer):
         return x + 0.01 * keras.random.normal(tf.shape(x), seed=self.seed_generator)
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("reads", ["evaluate", "predict"])
-def test_reading_in_another_thread_changes_no_bit_of_a_training(line, reads):
+def test_reading_in_another_thread_changes_no_bit_of_a_training(line, reads, eager):
     x, y = line
 
     def run(with_reader):
         keras.utils.set_random_seed(0)
         parts = [layers.Dense(4, name="h"), layers.BatchNormalization(), Jitter(), layers.Dense(1, name="o")]
         model = keras.Sequential([keras.Input((4,)), *parts])
-        trainer = looplab.Trainer(model, optimizer="adam", loss="mse", metrics=["mae"], seed=0)
+        trainer = looplab.Trainer(model, optimizer="adam", loss="mse", metrics=["mae"], seed=0, run_eagerly=eager)
         stop, read = threading.Event(), []
 
         def reader():
