@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from looplab.command import main
+from looplab.cli.command import main
 
 
 def _run() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from looplab.warn import say
 
 
 class ProgressBar(keras.callbacks.Callback):
-    """A line for each epoch: its loss and metrics, steps per second, time left.
+    """A line for each epoch: its loss and metrics, steps per second, and the time left.
 
-    During the epoch the line shows the mean over its steps so far; when it is finished, the epoch's own values in place
-    of the bar: `loss` and `val_loss`, then as many others as the terminal is wide. A second line shows the progress of
-    an evaluation, and disappears with it. Without a terminal at standard error nothing is shown.
+    During the epoch, the line shows the means over its steps so far. When the epoch has ended, its own values replace
+    the bar: `loss` and `val_loss`, then as many others as fit. A second line shows the progress of an evaluation, and
+    disappears with it. Without a terminal at standard error, nothing is shown.
     """
 
-    async_safe = True  # it only looks
+    async_safe = True
     stateless = True
 
     def __init__(self) -> None:
@@ -56,9 +56,9 @@ class ProgressBar(keras.callbacks.Callback):
     def _advance(self, logs: dict[str, float]) -> None:
         bar, sums = self._bars[-1]
         if not bar.disable:
-            for name in filter(_is_shown, logs):
-                sums[name] = sums.get(name, 0.0) + logs[name]
-            if bar.update():  # it was drawn
+            for name, value in logs.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if bar.update():  # tqdm redraws at most ten times a second
                 bar.set_postfix(shown({name: total / bar.n for name, total in sums.items()}), refresh=False)
 
     def _close(self, logs: dict[str, float] | None) -> None:
@@ -67,7 +67,7 @@ class ProgressBar(keras.callbacks.Callback):
             values, columns = shown(logs or {}), bar.format_dict["ncols"] or math.inf
             bar.bar_format = "{desc}{postfix} [{n_fmt} in {elapsed}, {rate_fmt}]"
             bar.set_postfix(values, refresh=False)
-            while len(str(bar)) >= columns and len(values) > 2:  # cut off, a number would look like another
+            while len(str(bar)) >= columns and len(values) > 2:  # a number that is cut off looks like another one
                 values.popitem()
                 bar.set_postfix(values, refresh=False)
             if len(str(bar)) >= columns:
@@ -76,7 +76,7 @@ class ProgressBar(keras.callbacks.Callback):
 
 
 class EpochLine(keras.callbacks.Callback):
-    """Prints a line for each epoch, for logs that are no terminal (`verbose=2`)."""
+    """Prints a line for each epoch (`verbose=2`)."""
 
     stateless = True
 
@@ -86,7 +86,7 @@ class EpochLine(keras.callbacks.Callback):
 
 
 class Pictures(keras.callbacks.Callback):
-    """Draws pictures at the end of each epoch: into TensorBoard, and as `<log_dir>/pictures/<name>-<epoch>.png`.
+    """Draws pictures after each epoch, for TensorBoard and as `<log_dir>/pictures/<name>-<epoch>.png`.
 
     Args:
         draw: Returns uint8 images of shape (height, width, 1, 3 or 4), by name.
@@ -106,23 +106,21 @@ class Pictures(keras.callbacks.Callback):
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """Writes uint8 (height, width, channels), and makes the folders that lead there."""
+    """Writes a uint8 picture of shape (height, width, channels), and creates missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tf.io.encode_png(picture).numpy())
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """One picture of many: (n, height, width, channels) in rows of `columns`; what is missing from the last is 0."""
-    n, height, width, channels = images.shape
-    rows = -(-n // columns)
-    padded = np.zeros((rows * columns, height, width, channels), images.dtype)
-    padded[:n] = images
-    grid = padded.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    return grid.reshape(rows * height, columns * width, channels)
+    """One picture of images (n, height, width, channels), in rows of `columns`; empty places are 0."""
+    padded = np.pad(images, [(0, -len(images) % columns), (0, 0), (0, 0), (0, 0)])
+    _, height, width, channels = images.shape
+    rows = padded.reshape(-1, columns, height, width, channels).swapaxes(1, 2)
+    return rows.reshape(-1, columns * width, channels)
 
 
 def hooked_to_batches(callbacks: Iterable[keras.callbacks.Callback], kind: str) -> list[keras.callbacks.Callback]:
-    """Those that do something at the begin or end of a batch; `kind` is "train", "test" or "predict"."""
+    """The callbacks that act on each batch; `kind` is "train", "test" or "predict"."""
     names = [f"on_{kind}_batch_begin", f"on_{kind}_batch_end", "on_batch_begin", "on_batch_end"]
     return [callback for callback in callbacks if any(_overrides(callback, name) for name in names)]
 
@@ -132,11 +130,15 @@ def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:
     return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, name)
 
 
-def _is_shown(name: str) -> bool:
-    return "/" not in name  # the parts of a loss are for TensorBoard
-
-
 def shown(logs: Mapping[str, float]) -> dict[str, str]:
-    """The values of an epoch that a line of text shows, `loss` and `val_loss` first; parts of a loss are left out."""
-    names = sorted(filter(_is_shown, logs), key=lambda name: ["loss", "val_loss", name].index(name))
+    """The values of an epoch as a line of text shows them, `loss` and `val_loss` first."""
+    names = sorted(logs, key=lambda name: ["loss", "val_loss", name].index(name))
     return {name: f"{logs[name]:.4g}" for name in names}
+
+
+def with_bar(
+    trainer: Any, callbacks: Sequence[keras.callbacks.Callback], steps: int | None, verbose: int | str
+) -> keras.callbacks.CallbackList:
+    """The callbacks of an evaluation or a prediction, with a progress bar unless `verbose` is 0."""
+    bar = [ProgressBar()] if verbose else []
+    return keras.callbacks.CallbackList([*callbacks, *bar], model=trainer, steps=steps)

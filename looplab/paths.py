@@ -14,26 +14,22 @@ def local_path(argument: str, path: Any) -> Path:
     """Returns the path with `~` expanded.
 
     Args:
-        argument: The name that errors give it.
-        path: A str, bytes or `os.PathLike`.
-
-    Raises:
-        TypeError: `path` is none of these.
-        ValueError: `path` is a URL, or the home folder that `~` stands for is unknown.
+        argument: What errors call it.
+        path: A str, bytes or `os.PathLike`; not a URL.
     """
     try:
         text = os.fsdecode(path)
     except TypeError as error:
-        raise TypeError(f"`{argument}` must be a path; {path!r} came.") from error
+        raise TypeError(f"`{argument}` must be a path; got {path!r}.") from error
     if _URL.match(text):
         raise ValueError(
-            f"`{argument}` must be a path of a local file system; the URL {text} came. Use a local folder and copy the "
+            f"`{argument}` must be a path of a local file system; got the URL {text}. Use a local folder and copy the "
             f"files, or mount the storage and pass the path where it is mounted."
         )
-    expanded = os.path.expanduser(text)
+    expanded = os.path.expanduser(text)  # that of `Path` would also expand ./~
     if expanded.startswith("~"):
         raise ValueError(
-            f"`{argument}`: the home folder in {text} is unknown. Write it out; a folder whose name begins with ~ is "
-            f"./{text}"
+            f"`{argument}`: the home folder in {text} is unknown. Pass the full path; a folder whose name starts with "
+            f"~ is ./{text}"
         )
     return Path(expanded)

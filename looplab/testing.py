@@ -1,4 +1,4 @@
-"""For tests: whether a training resumes to the same bits, and a reader of event files."""
+"""For tests: checks that a training resumes to the same bits, and reads event files."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from looplab import checks
-from looplab.checkpoint import Checkpoint, Checkpoints
+from looplab.checkpoint.policy import Checkpoint
+from looplab.checkpoint.store import Store
+from looplab.checkpoint.tree import flatten, same
+from looplab.cli.recipe import Recipe
 from looplab.paths import local_path
-from looplab.recipe import Recipe
-from looplab.tree import flatten
 
 _EACH_STEP = Checkpoint(every=1, keep=10**9)
 
 
 def assert_resume_exact(build: Callable[..., Recipe], steps: int) -> None:
-    """Checks that a training that ends after any of its first `steps` steps goes on to the same bits.
+    """Checks that a training that is interrupted after any of its first `steps` steps resumes to the same bits.
 
-    It is trained once as a whole, and once more from each of these steps; so let it be a short one.
+    The training runs once as a whole, and once more from each of these steps, so it should be short.
 
     Args:
-        build: Makes the training anew, as a recipe function does: it takes `seed`, `log_dir` and `checkpoint`, for its
+        build: Creates the training, as a recipe function does: it takes `seed`, `log_dir` and `checkpoint` for its
             trainer, and returns a `looplab.Recipe`.
-        steps: How many.
+        steps: How many steps to check.
 
     Raises:
         AssertionError: After one of them, a variable, a value of the history, the state of a callback, or a point in
-            the event files came out otherwise; it tells which.
+            the event files differs; the message says which.
         ValueError: The training has fewer steps.
     """
     checks.positive(steps=steps)
@@ -44,46 +45,46 @@ def assert_resume_exact(build: Callable[..., Recipe], steps: int) -> None:
         whole = Path(temporary) / "whole"
         _train(build, whole, resume=False)
         expected = _outcome(whole)
-        checkpoints = {int(path.name.split("-")[1]): path for path in _checkpoints(whole).paths()}
+        checkpoints = {int(path.name.split("-")[1]): path for path in _store(whole).paths()}
+        if steps > max(checkpoints):
+            raise ValueError(f"`steps` must be at most {max(checkpoints)}, the steps of the training; got {steps}.")
         for step in range(1, steps + 1):
-            if step not in checkpoints:
-                raise ValueError(f"`steps` is {steps}, and the training has {max(checkpoints)}.")
             resumed = Path(temporary) / f"resumed-{step}"
             shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("step-*"))
             shutil.copytree(checkpoints[step], resumed / "checkpoints" / checkpoints[step].name)
             _train(build, resumed, resume=True)
             outcome = _outcome(resumed)
-            for what in [*expected, *outcome]:
-                if not _equal(expected.get(what), outcome.get(what)):
-                    raise AssertionError(f"Resumed after step {step}, {what} came out otherwise.")
+            for name in expected | outcome:
+                if not same(expected.get(name), outcome.get(name)):
+                    raise AssertionError(f"Resumed after step {step}, {name} differs.")
             shutil.rmtree(resumed)
 
 
 def read_scalars(folder: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The scalars in the event files of one folder, such as `log_dir/train`, in the order of writing.
+    """The scalars in the event files of one folder, such as `log_dir/train`, in the order in which they were written.
 
     Returns:
         By tag, (steps, values): int64 and float32, of the same shape (points,).
     """
-    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    points: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for step, tag, tensor in _values(folder, "scalars"):
-        points[tag].append((step, float(tf.make_ndarray(tensor))))
-    return {
-        tag: (np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], np.float32))
-        for tag, pairs in points.items()
-    }
+        steps, values = points[tag]
+        steps.append(step)
+        values.append(float(tf.make_ndarray(tensor)))
+    return {tag: (np.array(steps), np.array(values, np.float32)) for tag, (steps, values) in points.items()}
 
 
 def read_images(folder: str | Path) -> dict[str, list[tuple[int, list[bytes]]]]:
-    """The images likewise: by tag, (step, PNG files) in the order of writing."""
+    """The images in the event files of one folder: by tag, (step, PNG files) in the order of writing."""
     points: dict[str, list[tuple[int, list[bytes]]]] = defaultdict(list)
     for step, tag, tensor in _values(folder, "images"):
         points[tag].append((step, list(tensor.string_val[2:])))  # after width and height
     return dict(points)
 
 
-def _values(folder, plugin):
-    plugins: dict[str, str] = {}  # TensorBoard asks for metadata with the first point of a tag alone
+def _values(folder: str | Path, plugin: str) -> Iterator[tuple[int, str, Any]]:
+    """(step, tag, tensor) of each point that a plugin shows."""
+    plugins: dict[str, str] = {}  # only the first point of a tag must have metadata
     for path in sorted(local_path("folder", folder).glob("events.out.tfevents.*")):
         for event in EventFileLoader(os.fsencode(path)).Load():
             for value in event.summary.value:
@@ -93,42 +94,28 @@ def _values(folder, plugin):
 
 
 def _train(build: Callable[..., Recipe], folder: Path, resume: bool) -> None:
-    keras.utils.clear_session(free_memory=False)  # layers without a name are counted through a process
+    keras.utils.clear_session(free_memory=False)  # Keras numbers the layers without a name in a process
     keras.utils.set_random_seed(0)
     recipe = build(seed=0, log_dir=folder, checkpoint=_EACH_STEP)
     if not isinstance(recipe, Recipe):
-        raise TypeError(
-            f"`build` must return a `looplab.Recipe`: a trainer and its data; {type(recipe).__name__} came."
-        )
+        raise TypeError(f"`build` must return a `looplab.Recipe`: a trainer and its data; got {type(recipe).__name__}.")
     recipe.fit(verbose=0, resume=resume)
 
 
-def _checkpoints(folder: Path) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", _EACH_STEP)
+def _store(folder: Path) -> Store:
+    return Store(folder / "checkpoints", _EACH_STEP)
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
-    """Numbers by what they are, of all that a training comes to."""
-    saved, _ = _checkpoints(folder).newest()
+    """The result of a training: its variables, its state and its points on TensorBoard, by name."""
+    saved, _ = _store(folder).newest()
     assert saved is not None
-    state = saved.load(2**40)
-    del state["events"]  # how long the files are, of which there are more
-    variables = state.pop("variables")
-    told = {f"variable {value['name']} ({path})": value["value"] for path, value in variables.items()}
-    told |= {f"the state's {name}": value for name, value in _leaves(state)}
+    snapshot = saved.load(2**40)
+    variables, snapshot.variables, snapshot.files = snapshot.variables, {}, {}  # a resumed run has more files
+    outcome = {f"variable {value.name} ({path})": value.value for path, value in variables.items()}
+    tree, arrays = flatten(snapshot)
+    outcome |= {"the state": tree, **{f"the state's {path}": value for path, value in arrays.items()}}
     for part in ("train", "validation"):
-        for tag, points in read_scalars(folder / part).items():
-            told[f"a step of {tag} in {part}"], told[f"a value of {tag} in {part}"] = points
-    return told
-
-
-def _leaves(state: Any) -> Iterator[tuple[str, Any]]:
-    tree, arrays = flatten(state)
-    yield "numbers", tree
-    yield from arrays.items()
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-    return repr(one) == repr(other)  # NaN is equal to itself so
+        for tag, (steps, values) in read_scalars(folder / part).items():
+            outcome |= {f"a step of {tag} in {part}": steps, f"a value of {tag} in {part}": values}
+    return outcome

@@ -1,62 +1,65 @@
-"""`Trainer`: `fit`, `evaluate` and `predict` around the steps of `steps.py`."""
+"""`Trainer`: what researchers call."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from looplab import checks, data, state
-from looplab.arrays import held_out, is_arrays
-from looplab.callbacks import EpochLine, ProgressBar
-from looplab.checkpoint import Checkpoint, Checkpoints
-from looplab.epoch import Epochs, joined
-from looplab.fit import Fit
-from looplab.guard import Fault
-from looplab.metrics import lower_is_better
-from looplab.paths import local_path
-from looplab.plain_files import Saved
-from looplab.resume import Resumed, find
-from looplab.warn import say, warn
-from looplab.weights import ClassWeights
+from looplab import checks
+from looplab.callbacks import with_bar
+from looplab.checkpoint.policy import Checkpoint
+from looplab.checkpoint.resume import open_store
+from looplab.data.arrays import held_out, is_arrays
+from looplab.loop.engine import Engine, joined
+from looplab.loop.fit import Fit
+from looplab.loop.guard import Fault
+from looplab.loop.saving import restore, skip
+from looplab.loop.weights import ClassWeights
+from looplab.steps import METHODS, Steps, overrides
+from looplab.variables import to_numpy
+
+Callbacks: TypeAlias = keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None
 
 
-class Trainer(Epochs):
+class Trainer(Steps):
     """Trains any callable with variables.
 
-    Override `train_step` (and `test_step`, `predict_step`, `compute_loss`, `compute_metrics`) as in
-    `keras.Model`; everything else stays as it is. What a subclass sets as attributes (models, optimizers, metrics,
-    variables, also in lists and dicts) is found by itself. To train on several devices, make the trainer inside
-    `strategy.scope()`.
+    Override `train_step` (and `test_step`, `predict_step`, `compute_loss`, `compute_metrics`) as in `keras.Model`;
+    nothing else needs to change. What a subclass sets as attributes is found: models, optimizers, metrics and
+    variables, also in lists and dicts. To train on several devices, create the trainer inside `strategy.scope()`.
 
     Args:
-        model: A Keras model or layer, a `tf.Module`, or a function over variables: called with a batch's x, and with
-            `training=` where it takes that. Optional for a subclass with its own steps.
-        optimizer, loss, loss_weights, metrics: As in `keras.Model.compile`. Without `loss`, what the model adds with
-            `add_loss` is the loss.
-        log_dir: Folder for TensorBoard's event files, `train` and `validation` below it, and `checkpoints`. None writes
+        model: A Keras model or layer, a `tf.Module`, or a function that uses variables. It is called with a batch's x,
+            and with `training=` if it takes that. Optional for a subclass with its own steps.
+        optimizer, loss, loss_weights, metrics: As in `keras.Model.compile`. Without `loss`, the loss is what the model
+            adds with `add_loss`.
+        log_dir: Folder for TensorBoard's event files, in `train` and `validation`, and for `checkpoints`. None writes
             nothing.
         seed: Of the order of the data and of `seed_generator`. By default it is drawn from Python's `random`, which
             `keras.utils.set_random_seed` seeds, as Keras draws the seeds of its layers.
-        steps_per_execution: How many steps one graph call does. "auto" keeps about five returns to Python a second.
-            It never changes a result.
+        steps_per_execution: How many steps one graph call runs. "auto" returns to Python about five times a second. It
+            never changes a result.
         jit_compile: Whether XLA compiles the step.
-        run_eagerly: Whether Python goes through the step line by line, for debugging: slow.
+        run_eagerly: Whether Python runs the step line by line, for debugging: slow.
         checkpoint: When to save all state to `log_dir/checkpoints`, and what to keep; None saves nothing.
 
-    Attributes:
-        history: The `keras.callbacks.History` of the last `fit`.
-        seed_generator: A `keras.random.SeedGenerator` for the random numbers of a step.
-        steps: How many training steps were done since the trainer was made.
-        epochs: How many epochs were done.
-        stop_training: A callback sets it to end `fit` after the running graph call.
-        skip_nonfinite: How many steps in a row may have a loss or gradients that are not finite, before `fit` ends with
-            an error. Such a step updates nothing, and does not count in an epoch's values.
-        skipped_steps: How many steps were passed over so.
+    Example:
+        >>> import keras, numpy as np, looplab
+        >>> x = np.arange(8, dtype="float32")[:, None]
+        >>> model = keras.Sequential([keras.layers.Dense(1)])
+        >>> trainer = looplab.Trainer(model, optimizer="sgd", loss="mse", metrics=["mae"])
+        >>> history = trainer.fit(x, 3 * x, batch_size=4, epochs=2, verbose=0)
+        >>> trainer.steps, trainer.epochs
+        (4, 2)
+        >>> sorted(trainer.evaluate(x, 3 * x, verbose=0))
+        ['loss', 'mae']
+        >>> trainer.predict(x, verbose=0).shape
+        (8, 1)
     """
 
     @checks.named
@@ -76,18 +79,26 @@ class Trainer(Epochs):
         checkpoint: Checkpoint | None = Checkpoint(),
     ):
         checks.steps_per_execution(steps_per_execution)
-        checks.checkpoint(checkpoint, Checkpoint)
-        if log_dir is None and checkpoint not in (None, Checkpoint()):
-            raise ValueError("`checkpoint` came without `log_dir`: there would be no folder to save to. Pass both.")
-        super().__init__(
-            *(model, optimizer, loss, loss_weights, metrics, seed, log_dir),
-            steps_per_execution=steps_per_execution,
-            jit_compile=jit_compile,
-            run_eagerly=run_eagerly,
-        )
+        checks.checkpoint(checkpoint, Checkpoint, log_dir)
+        self.model = model
+        self._looplab = Engine.of(self, optimizer, loss, loss_weights, metrics, log_dir, seed)
+        self.optimizer = self._looplab.runner.objective.optimizer
+        if isinstance(model, keras.Model) and any(overrides(model, name) for name in METHODS) and not model.compiled:
+            # The model's own steps use what it is compiled with.
+            model.compile(optimizer=self.optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
+        self.seed_generator = keras.random.SeedGenerator(self.seed)
+        """For the random numbers of a step."""
         self.checkpoint = checkpoint
+        self.steps_per_execution = steps_per_execution
+        self.jit_compile = jit_compile
+        self.run_eagerly = run_eagerly
         self.history: keras.callbacks.History | None = None
-        self._given_seed = seed
+        """That of the last `fit`."""
+        self.stop_training = False
+        """Whether `fit` ends after the running graph call; callbacks set it."""
+        self.skip_nonfinite = 0
+        """How many steps in a row may have a loss or gradients that are not finite before `fit` raises an error. Such
+        a step updates nothing, and does not count in an epoch's values."""
 
     @checks.named
     def fit(
@@ -97,7 +108,7 @@ class Trainer(Epochs):
         batch_size: int | None = None,
         epochs: int = 1,
         verbose: int | str = "auto",
-        callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None = None,
+        callbacks: Callbacks = None,
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool = True,
@@ -110,84 +121,66 @@ class Trainer(Epochs):
         validation_freq: int | Sequence[int] = 1,
         resume: bool = False,
     ) -> keras.callbacks.History:
-        """Trains; the arguments but the last are those of `keras.Model.fit`.
+        """Trains the model; all arguments but the last are those of `keras.Model.fit`.
 
         Args:
             x: Arrays (with `y`, `sample_weight`), a `tf.data.Dataset` of batches, or a function of the epoch that
-                returns one. The epoch counts from 0 since the trainer was made. Arrays are shuffled anew each epoch,
-                by the trainer's seed and the epoch alone.
-            steps_per_epoch: The data then goes on in the next epoch where it stopped, and begins again at its end.
-            callbacks: Keras callbacks, which see this batch's values as the logs of a batch. With
+                returns one. The epoch counts from 0 since the trainer was created. Arrays are shuffled anew in each
+                epoch, in an order that depends on the trainer's seed and the epoch alone.
+            steps_per_epoch: The next epoch continues where the data stopped, and starts it again at its end.
+            callbacks: Keras callbacks. Their logs of a batch are the values of that batch. With
                 `steps_per_execution="auto"`, one that acts on training batches makes each graph call one step; with a
                 number, its hooks are called for each step after the call.
-            verbose: 1, or "auto": a bar, where standard error is a terminal. 2: a line for each epoch. 0: nothing.
-            resume: Whether to go on where the run in `log_dir` was saved last, to the same bits as if it had never
-                ended: with the same code, arguments and data, and `epochs` as many as before or more. Where nothing was
-                saved yet, it begins. A program that always passes True can be killed and started again at any time.
+            verbose: 1 or "auto": a progress bar, if standard error is a terminal. 2: a line for each epoch. 0: nothing.
+            resume: Whether to resume from the newest checkpoint in `log_dir`, to the same bits as if the run had never
+                stopped: with the same code, arguments and data, and as many `epochs` or more. Without a checkpoint,
+                training starts. A program that always passes True can be killed and started again at any time.
 
         Returns:
-            The history: `history.history["val_loss"]` is a list with one number for each epoch.
+            The history: `history.history["val_loss"]` is a list with one number per epoch.
 
         Raises:
-            ValueError: An argument, the data, a checkpoint or the folder is not what it should be; before anything is
-                changed.
-            FloatingPointError: A loss or gradients are not finite; the update was not made.
+            ValueError: An argument, the data, a checkpoint or the folder is wrong. Nothing was changed.
+            FloatingPointError: The loss or gradients are not finite. The update was not made.
             OSError: A checkpoint could not be written.
-            SystemExit: SIGTERM or Ctrl-C came, and all is saved: with status 143 or 130.
+            SystemExit: SIGTERM or Ctrl-C arrived, and everything is saved; with status 143 or 130.
         """
-        batch_size, steps_per_epoch = checks.positive(batch_size=batch_size, steps_per_epoch=steps_per_epoch)
-        validation_steps, validation_batch_size = checks.positive(
-            validation_steps=validation_steps, validation_batch_size=validation_batch_size
+        batch_size, steps_per_epoch, validation_steps, validation_batch_size = checks.positive(
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
         )
         epochs = checks.whole(1, "epochs", epochs)
         initial_epoch = checks.whole(0, "initial_epoch", initial_epoch)
-        validation_freq = checks.validation_freq(validation_freq)
         self.skip_nonfinite = checks.whole(0, "skip_nonfinite", self.skip_nonfinite)
+        validation_freq = checks.validation_freq(validation_freq)
         checks.resume(resume, self.log_dir)
         checks.learning_rates(self.optimizers)
         given = checks.callbacks(callbacks)
-        class_weights = ClassWeights.of(class_weight)
-        with self._owning(resume):
-            checkpoints, resumed = self._checkpoints(resume)
-            writes = checkpoints is not None and self.checkpoint is not None
-            if resumed.saved is not None and self._given_seed is None:
-                self.seed = resumed.saved.tree["seed"]
-            if validation_split and validation_data is None:
-                x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
+        engine = self._looplab
+        engine.runner.class_weights = ClassWeights.of(class_weight)
+        if validation_split and validation_data is None:
+            x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
+        with engine.folder.owned(resume):
+            store, resumed = open_store(engine.folder, self.checkpoint, engine.state.fits, resume)
+            if resumed.saved is not None and not engine.is_seeded:
+                engine.state.seed = resumed.saved.snapshot.state.seed
             first = max(self.epochs, initial_epoch)
-            self._class_weights = class_weights
-            train = self._batches("x", x, y, sample_weight, batch_size, shuffle, steps_per_epoch, training_from=first)
+            train = engine.batches(
+                "x", x, y, sample_weight, batch_size, shuffle=shuffle, steps=steps_per_epoch, training_from=first
+            )
             validation = None
             if validation_data is not None:
-                self._check_test_step("validation_data")
-                val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-                size = validation_batch_size or (batch_size if is_arrays(val_x) else None)
-                validation = self._batches("validation_data", val_x, val_y, val_weight, size, steps=validation_steps)
-            if resumed.newest is not None and resumed.newest.tree["fit"] > self._fits.count:
-                return self._skip(resumed.newest, train)
-            resumed.check(self._given_seed, train.described, self._made_with)
-            if train.unseeded and (writes or resume):
-                checks.unseeded(train.unseeded, resume)
-            if verbose:
-                given.append(EpochLine() if verbose == 2 else ProgressBar())
-            callback_list = keras.callbacks.CallbackList(
-                given, add_history=True, model=self, epochs=epochs, steps=train.steps, verbose=verbose
-            )
-            self._fits.start()
-            Fit(
-                self,
-                train,
-                validation,
-                functools.partial(_due, validation_freq),
-                callback_list,
-                initial_epoch,
-                epochs,
-                checkpoints if writes else None,
-                resumed,
-            ).run()
-        assert self.history is not None  # the list of callbacks set it
-        self._fits.complete(self.history.history)
-        return self.history
+                checks.test_step("validation_data", self)
+                parts = keras.utils.unpack_x_y_sample_weight(validation_data)
+                size = validation_batch_size or (batch_size if is_arrays(parts[0]) else None)
+                validation = engine.batches("validation_data", *parts, size, steps=validation_steps)
+            if resumed.is_skipped:
+                self.history = skip(engine, train, resumed)
+                return self.history
+            data = train, validation, validation_freq
+            return Fit(engine, *data, given, initial_epoch, epochs, verbose, store, resumed).run()
 
     @checks.named
     def evaluate(
@@ -198,21 +191,19 @@ class Trainer(Epochs):
         verbose: int | str = "auto",
         sample_weight: Any = None,
         steps: int | None = None,
-        callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None = None,
+        callbacks: Callbacks = None,
     ) -> dict[str, float]:
-        """Measures the data (given as to `fit`) with `test_step`, and leaves everything as it was.
+        """Evaluates the data, which is given as to `fit`, with `test_step`; changes nothing.
 
         Returns:
             The loss and each metric over all the data, by name.
         """
         batch_size, steps = checks.positive(batch_size=batch_size, steps=steps)
         given = checks.callbacks(callbacks)
-        self._check_test_step("evaluate")
-        batches = self._batches("x", x, y, sample_weight, batch_size, steps=steps)
-        bar = [ProgressBar()] if verbose else []
-        callback_list = keras.callbacks.CallbackList([*given, *bar], model=self, steps=batches.steps)
+        checks.test_step("evaluate", self)
+        batches = self._looplab.batches("x", x, y, sample_weight, batch_size, steps=steps)
         try:
-            return self._evaluate(batches, callback_list)[0]
+            return self._looplab.evaluate(batches, with_bar(self, given, batches.steps, verbose))[0]
         except Fault as fault:
             raise fault.error(self.steps, self.epochs, None) from None
 
@@ -223,142 +214,87 @@ class Trainer(Epochs):
         batch_size: int | None = None,
         verbose: int | str = "auto",
         steps: int | None = None,
-        callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None = None,
+        callbacks: Callbacks = None,
     ) -> Any:
-        """The outputs of `predict_step` for all the data, as NumPy arrays, and leaves everything as it was."""
+        """The outputs of `predict_step` for all the data, as NumPy arrays; changes nothing."""
         batch_size, steps = checks.positive(batch_size=batch_size, steps=steps)
         given = checks.callbacks(callbacks)
-        batches = self._batches("x", x, None, None, batch_size, steps=steps)
-        bar = [ProgressBar()] if verbose else []
-        callback_list = keras.callbacks.CallbackList([*given, *bar], model=self, steps=batches.steps)
-
-        predictor = self._predictor(batches.element_spec)
-        outputs: list[Any] = []
-        iterator = batches.iterate(0)
-        with self._undisturbed() if self.run_eagerly else predictor.copies.lock:
-            predictor.copies.refresh()
-            callback_list.on_predict_begin()
-            while batches.steps is None or len(outputs) < batches.steps:
-                batch = iterator.get_next_as_optional()
-                if not batch.has_value():
-                    break
-                callback_list.on_predict_batch_begin(len(outputs))
-                rows = tf.nest.map_structure(self._gathered, predictor.call(batch.get_value()))
-                self._check_rows(batches.element_spec, batch.get_value(), rows)
-                outputs.append(rows)
-                callback_list.on_predict_batch_end(len(outputs) - 1, {"outputs": outputs[-1]})
-            callback_list.on_predict_end()
-        if not outputs:
-            raise ValueError("`x` has no batch: it ended at once. Pass at least one.")
+        batches = self._looplab.batches("x", x, batch_size=batch_size, steps=steps)
+        outputs = self._looplab.predict(batches, with_bar(self, given, batches.steps, verbose))
         return tf.nest.map_structure(joined, *outputs)
 
     @checks.named
     def restore(self, checkpoint: str | Path = "newest") -> None:
-        """Brings all variables (weights, seeds, metrics, optimizers) to what they were at a checkpoint.
+        """Restores all variables (weights, seeds, metrics, optimizers) from a checkpoint.
 
-        To go on with a training, use `fit(..., resume=True)`. The trainer must be built, by `fit` or `build`.
+        To continue a training, use `fit(..., resume=True)`. The trainer must be built, by `fit` or `build`.
 
         Args:
             checkpoint: "newest", "best" (by the `monitor` of its `looplab.Checkpoint`), or a folder.
 
         Raises:
-            ValueError: There is none, it is damaged, or of another architecture; nothing was changed.
+            ValueError: There is none, it is damaged, or it is of another architecture. Nothing was changed.
         """
-        if not any(known.key[0] == "train" for known in self._traced):
-            raise ValueError("`restore` needs all variables to be there: call `build` with the data before, or `fit`.")
-        saved: Saved | None
-        if checkpoint in ("newest", "best"):
-            if self.log_dir is None or self.checkpoint is None:
-                raise ValueError("`restore` needs the trainer's `log_dir` and `checkpoint`, or a checkpoint's folder.")
-            checkpoints = Checkpoints(self.log_dir / "checkpoints", self.checkpoint)
-            if checkpoint == "newest":
-                saved, skipped = checkpoints.newest()
-            else:
-                if self.checkpoint.monitor is None:
-                    raise ValueError('`restore("best")` needs a `monitor` of the trainer\'s `checkpoint`.')
-                checkpoints.prefer(lower_is_better(self.checkpoint.monitor, self.checkpoint.mode, self.metrics))
-                saved, skipped = checkpoints.best()
-            for reason in skipped:
-                warn(f"Skipped: {reason}")
-            if saved is None:
-                raise ValueError(f"`checkpoint`: there is no {checkpoint} one in {checkpoints.folder}.")
-        elif (folder := local_path("checkpoint", checkpoint)).is_dir():
-            saved = Saved(folder)
-            state.check_structure(saved.path, saved.tree)
-        else:
-            raise ValueError(f'`checkpoint` must be "newest", "best", or a folder; {checkpoint} came, and is none.')
-        variables = self._all_state()
-        values = saved.load(state.most_bytes(variables))["variables"]
-        state.check(variables, values, saved.path)
-        state.assign(variables, values)
+        restore(self._looplab, self.checkpoint, checkpoint)
 
     def build(self, x: Any, y: Any = None, sample_weight: Any = None) -> None:
-        """Makes all variables of models, metrics and optimizers, from the data's signature: nothing is run.
+        """Creates all variables of models, metrics and optimizers from the data's signature, without running a step.
 
-        `fit` does it by itself; `load_weights` needs it before.
+        `fit` does this itself; `load_weights` needs it before.
         """
-        self._prepared("train", self._batches("x", x, y, sample_weight).element_spec, eagerly=False)
+        signature = self._looplab.batches("x", x, y, sample_weight).element_spec
+        self._looplab.tracer.compiled("train", signature, eagerly=False)
 
-    # Within.
+    # Weights.
 
-    def _batches(
-        self,
-        name,
-        x,
-        y=None,
-        sample_weight=None,
-        batch_size=None,
-        shuffle=False,
-        steps=None,
-        training_from=None,
-    ):
-        return data.from_arguments(
-            name,
-            x,
-            y,
-            sample_weight,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            steps=steps,
-            training_from=training_from,
-            strategy=self.strategy,
-        )
+    @property
+    def weights(self) -> list[Any]:
+        """The weights of all models, as `keras.Model.weights`: without seeds, metrics and optimizers."""
+        return self._looplab.runner.variables.weights()
 
-    def _checkpoints(self, resume: bool) -> tuple[Checkpoints | None, Resumed]:
-        """Where the trainer's state is saved, if anywhere, and where it goes on."""
-        if self.log_dir is None:
-            return None, Resumed()
-        checkpoints = Checkpoints(self.log_dir / "checkpoints", self.checkpoint or Checkpoint())
-        checkpoints.clean()
-        resumed = find(checkpoints, self._fits.count) if resume else Resumed()
-        if resume and resumed.newest is None and not self._events.begun:
-            say(f"looplab: {self.log_dir} has no checkpoint: starting at step 1.")
-        return checkpoints, resumed
+    @property
+    def optimizers(self) -> dict[str, keras.Optimizer]:
+        """The optimizers, by the path of attributes that leads to them."""
+        return self._looplab.runner.variables.optimizers()
 
-    def _skip(self, newest: Saved, train: data.Batches) -> keras.callbacks.History:
-        """What a `fit` returns that the run has completed: its history. The state is the newest, of a later call."""
-        self._prepared("train", train.element_spec, eagerly=False)
-        variables = self._all_state()
-        saved = newest.load(state.most_bytes(variables))
-        state.assign_known(variables, saved["variables"])
-        self._settle(goes_on=True)
-        number = self._fits.count
-        self._take_over(saved)
-        self._fits.count = number + 1
-        self.history = keras.callbacks.History()
-        self.history.history = self._fits.history(number)
-        epochs = max(map(len, self.history.history.values()), default=0)
-        self.history.epoch = list(range(epochs))
-        say(
-            f"looplab: call {number + 1} of `fit` in {self.log_dir} is complete, with {epochs} epochs: skipped. The "
-            f"state is the newest, after {self.epochs} epochs in all."
-        )
-        return self.history
+    def get_weights(self) -> list[np.ndarray]:
+        """The values of `weights`."""
+        return [to_numpy(weight) for weight in self.weights]
 
+    def set_weights(self, weights: Sequence[np.ndarray]) -> None:
+        """Assigns what `get_weights` returned."""
+        self._looplab.runner.variables.set_weights(weights)
 
-def _due(validation_freq: int | Sequence[int], epoch: int) -> bool:
-    """Whether Keras would validate after this epoch (from 0)."""
-    if isinstance(validation_freq, int):
-        return (epoch + 1) % validation_freq == 0
-    return epoch + 1 in validation_freq
+    def save_weights(self, filepath: str | Path, overwrite: bool = True) -> None:
+        """Writes `weights` to a file whose name ends in `.weights.h5`.
+
+        If one Keras model has them all, the file is the one that the model itself would write and load.
+        """
+        self._looplab.runner.variables.saveable("save").save_weights(Path(filepath).expanduser(), overwrite=overwrite)
+
+    def load_weights(self, filepath: str | Path) -> None:
+        """Assigns the weights that `save_weights` wrote, of the same models, which must be built."""
+        self._looplab.runner.variables.load_weights(Path(filepath).expanduser())
+
+    def save(self, filepath: str | Path, overwrite: bool = True) -> None:
+        """Writes the one Keras model that has all weights to a `.keras` file, as the model itself does."""
+        self._looplab.runner.variables.one_model("save").save(Path(filepath).expanduser(), overwrite=overwrite)
+
+    def export(self, filepath: str | Path, **options: Any) -> None:
+        """Writes the one Keras model that has all weights as a SavedModel for inference, as `keras.Model.export`."""
+        self._looplab.runner.variables.one_model("export").export(Path(filepath).expanduser(), **options)
+
+    def summary(self, **options: Any) -> None:
+        """Prints `keras.Model.summary` of each Keras model, with the output shapes of subclassed ones once built."""
+        self._looplab.runner.variables.summarize(**options)
+
+    # Where the run is.
+
+    log_dir = property(lambda self: self._looplab.folder.path, doc="The log folder, as an absolute path, or None.")
+    seed = property(lambda self: self._looplab.state.seed, doc="Of the order of the data and of `seed_generator`.")
+    strategy = property(lambda self: self._looplab.runner.strategy, doc="The `tf.distribute.Strategy` of its creation.")
+    steps = property(lambda self: self._looplab.state.steps, doc="The number of training steps since its creation.")
+    epochs = property(lambda self: self._looplab.state.epochs, doc="The number of completed epochs.")
+    skipped_steps = property(
+        lambda self: self._looplab.state.skipped_steps, doc="The number of training steps skipped by `skip_nonfinite`."
+    )

@@ -1,1 +1,1 @@
-"""Recipes: one model, its data and its command line in each file."""
+"""Recipes: each file has one model, its data and its command line."""

@@ -1,6 +1,6 @@
-"""One training script for three nets on CIFAR-10, each written in another of Keras's ways.
+"""One training script for three networks on CIFAR-10, each written with another of Keras's APIs.
 
-python -m looplab.recipes.cifar10 --model sequential --epochs 2 --plot curves.png    as shallow_net: 28 s; 41.09%
+python -m looplab.recipes.cifar10 --model sequential --epochs 2 --plot curves.png    28 s; test accuracy 41.09%
 """
 
 from typing import Literal
@@ -24,11 +24,11 @@ def cifar10(
     """ShallowNet (sequential), MiniGoogLeNet (functional) or MiniVGGNet (class) on 10 classes of images.
 
     Args:
-        model: which of the three
-        augmentation: heavy: turned, zoomed, shifted, sheared and flipped, as published; light: shifted and flipped
-        learning_rate: of SGD, at the first step
+        model: which of the three networks
+        augmentation: heavy: rotation, zoom, shift, shear and flip, as published; light: shift and flip
+        learning_rate: initial learning rate of SGD
         epochs: passes over the training images
-        batch_size: images in a step
+        batch_size: images per step
     """
     options = {"augmentation": augmentation, "epochs": epochs, "batch_size": batch_size, **trainer_options}
     return published_training(MODELS[model](), data, learning_rate, **options)

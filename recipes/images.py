@@ -1,4 +1,4 @@
-"""What the recipes for images share: a block of layers, a trainer that takes uint8 images, ways to augment them."""
+"""What the image recipes share: a block of layers, a trainer that takes uint8 images, and augmentation."""
 
 import math
 
@@ -10,7 +10,7 @@ import looplab
 
 @keras.saving.register_keras_serializable("looplab")
 class ConvBlock(layers.Layer):
-    """Convolution, batch normalisation, ReLU: 6 weights, 4 of them trainable."""
+    """Convolution, batch normalization and ReLU: 6 weights, 4 of them trainable."""
 
     def __init__(
         self, filters, kernel_size=3, strides=1, padding="same", kernel_initializer="glorot_uniform", **kwargs
@@ -29,9 +29,9 @@ class ConvBlock(layers.Layer):
 
 
 class ImageTrainer(looplab.Trainer):
-    """Takes uint8 images: scales them to [0, 1], and in training changes them at random first.
+    """Takes uint8 images, scales them to [0, 1] and, in training, augments them.
 
-    Both happen within the step: in memory the images stay small, and the random numbers are the trainer's own.
+    Both happen inside the step: images take little memory, and a resumed run draws the same random numbers.
     """
 
     def __init__(self, model, augmentation=(), **options):
@@ -46,13 +46,13 @@ class ImageTrainer(looplab.Trainer):
 
 
 def light_augmentation():
-    """Flips half of the images, and shifts each by up to an eighth; what comes in is mirrored."""
+    """Flips half of the images, and shifts each by up to an eighth; the gap is filled by reflection."""
     shift = layers.RandomTranslation(1 / 8, 1 / 8, fill_mode="reflect", interpolation="nearest", dtype="float32")
     return [layers.RandomFlip("horizontal", dtype="float32"), shift]
 
 
 def heavy_augmentation():
-    """As MiniGoogLeNet was published with: turns by 18°, zooms by 15%, shifts by 20%, shears by 0.15°, flips."""
+    """MiniGoogLeNet's published augmentation: rotation by 18°, zoom by 15%, shift by 20%, shear by 0.15°, flip."""
     options = {"fill_mode": "nearest", "dtype": "float32"}
     return [
         layers.RandomRotation(18 / 360, **options),
@@ -64,13 +64,13 @@ def heavy_augmentation():
 
 
 def falling_adam(learning_rate, data, epochs, batch_size):
-    """Adam, with a learning rate that falls to 0 over the whole run, along a cosine."""
+    """Adam, with cosine decay of the learning rate to 0 over the whole run."""
     steps = epochs * math.ceil(len(data.x_train) / batch_size)
     return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
 
 
 def classifier(model, data, epochs, batch_size, loss=None, from_logits=False, augmentation=(), **trainer_options):
-    """The recipe of a model that tells the class of images of `data`, as probabilities or as logits."""
+    """The recipe of a model that classifies the images of `data`, with probabilities or logits as outputs."""
     loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits)
     trainer = ImageTrainer(model, augmentation, loss=loss, metrics=["accuracy"], **trainer_options)
 

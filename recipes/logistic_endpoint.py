@@ -1,6 +1,6 @@
-"""Logistic regression whose last layer adds the loss and owns the accuracy: the data has no y, the trainer no loss.
+"""Logistic regression whose last layer adds the loss and owns the accuracy, so that the trainer needs no `loss`.
 
-python -m looplab.recipes.logistic_endpoint    6 s on two cores; 91.46% of the test images
+python -m looplab.recipes.logistic_endpoint    6 s on two cores; test accuracy 91.46%
 """
 
 import keras
@@ -12,7 +12,7 @@ import looplab
 
 @keras.saving.register_keras_serializable("looplab")
 class LogisticEndpoint(layers.Layer):
-    """From logits to probabilities; where there are targets, adds their binary cross-entropy and tells the accuracy."""
+    """Turns logits into probabilities; given targets, adds their binary cross-entropy and updates the accuracy."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -28,7 +28,7 @@ class LogisticEndpoint(layers.Layer):
 
 @keras.saving.register_keras_serializable("looplab")
 class LogisticRegression(keras.Model):
-    """Takes a dict of `inputs` (batch, n) and, but for predictions, `targets` (batch, classes) of 0 and 1."""
+    """Takes a dict of `inputs` (batch, n) and, except to predict, `targets` (batch, classes) of 0 and 1."""
 
     def __init__(self, classes=10, name="logistic_regression", **kwargs):
         super().__init__(name=name, **kwargs)
@@ -51,11 +51,11 @@ def logistic_endpoint(
     """Logistic regression on the pixels of handwritten digits.
 
     Args:
-        height: of the images, which are scaled to it
-        width: likewise; of images of 1×3 pixels the model learns 40 parameters
-        learning_rate: of Adam
+        height: height to which images are scaled
+        width: width to which images are scaled; for 1×3 pixels the model has 40 parameters
+        learning_rate: learning rate of Adam
         epochs: passes over the training images
-        batch_size: images in a step
+        batch_size: images per step
     """
     arrays = data.load((height, width))
     model = LogisticRegression(len(arrays.classes))

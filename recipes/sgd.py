@@ -1,4 +1,4 @@
-"""The training script that ShallowNet, MiniGoogLeNet and MiniVGGNet were published with."""
+"""The published training script of ShallowNet, MiniGoogLeNet and MiniVGGNet."""
 
 from typing import Literal
 

@@ -1,7 +1,7 @@
-"""What a user can get wrong, as one table: each row is told in words, and nothing is learned from it.
+"""What users can get wrong, as one table: each row is an error that changes no weights.
 
-A row of `ERRORS` has the type of the error, what its message must contain (the argument in backticks, what came, what
-was expected, what to do), and what triggers it. `WARNINGS` has what TensorFlow trains on, and may be meant.
+A row of `ERRORS` has the type of the error, what its message must contain (the argument in backticks, the value, what
+was expected, the fix), and what triggers it. `WARNINGS` has what TensorFlow trains on, and may be intended.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import tensorflow as tf
 from keras import layers
 
 import looplab
+from looplab.checkpoint.store import Store
 
 ROOT = Path(__file__).parent.parent
 BATCH = 4
@@ -160,7 +161,7 @@ def batches(x, y=None):
 
 
 def in_tuples(y):
-    """For a data set, which makes one tensor of a list."""
+    """For a dataset, which makes one tensor of a list."""
     return tuple(y) if isinstance(y, list) else y
 
 
@@ -170,7 +171,7 @@ def fit(x, y, make_model=functional, loss=None, **options):
 
 
 def fit_batches(dataset, make_model=functional, loss=None, good=0, **options):
-    """Trains on a data set whose batch after `good` ones is wrong: what those taught is what the model must know."""
+    """Trains on a dataset whose batch after `good` ones is wrong: what those taught is what the model must know."""
     pair = []
     for _ in range(2):
         keras.utils.set_random_seed(1)
@@ -451,12 +452,12 @@ INFINITE = ["not finite", "at step 3 (batch 3 of epoch 1)", "The update was not 
 ERRORS = {
     # Nothing to learn from.
     "empty arrays": (ValueError, ["`x` is empty", "0 examples", "at least one"], lambda _: fit(X[:0], LABELS[:0])),
-    "empty data set": (
+    "empty dataset": (
         ValueError,
-        ["`x` is an empty data set", "at least one batch"],
+        ["`x` is an empty dataset", "at least one batch"],
         lambda _: fit_batches(batches(X, LABELS).take(0)),
     ),
-    "empty data set of unknown length": (
+    "empty dataset of unknown length": (
         ValueError,
         ["`train_step` has no batch", "at least one"],
         lambda _: fit_batches(batches(X, LABELS).filter(lambda x, y: False)),
@@ -466,9 +467,9 @@ ERRORS = {
         ["`validation_data` is empty", "0 examples", "at least one"],
         lambda _: fit(X, LABELS, validation_data=(X[:0], LABELS[:0])),
     ),
-    "empty validation data set": (
+    "empty validation dataset": (
         ValueError,
-        ["`validation_data` is an empty data set", "at least one batch"],
+        ["`validation_data` is an empty dataset", "at least one batch"],
         lambda _: fit(X, LABELS, validation_data=batches(X, LABELS).take(0)),
     ),
     "validation split that leaves nothing": (
@@ -496,41 +497,41 @@ ERRORS = {
         for label in (3, 255, -1, 1.7, NAN)
     },
     **{
-        f"label {label} in a data set": (
+        f"label {label} in a dataset": (
             ValueError,
             [CLASSES, f"{label:.3g}"[:3], *BATCH_3],
             lambda _, label=label: fit_batches(batches(X, changed(LABELS, 9, label)), good=2),
         )
         for label in (3, 255, -1, 1.7)
     },
-    "label NaN in a data set": (
+    "label NaN in a dataset": (
         ValueError,
         [CLASSES, "`y` itself is not finite, first in row 1", *BATCH_3],
         lambda _: fit_batches(batches(X, changed(LABELS, 9, NAN)), good=2),
     ),
-    "label 3 in a data set, ten steps in a graph call": (
+    "label 3 in a dataset, ten steps in a graph call": (
         ValueError,
         [CLASSES, "`y` is from 1 to 3", *BATCH_3],
         lambda _: fit_batches(batches(X, changed(LABELS, 9, 3)), good=2, steps_per_execution=10),
     ),
-    "label 3 in a data set, compiled by XLA": (
+    "label 3 in a dataset, compiled by XLA": (
         ValueError,
         [CLASSES, *BATCH_3],
         lambda _: fit_batches(batches(X, changed(LABELS, 9, 3)), good=2, jit_compile=True),
     ),
-    "label 3 in a data set, run eagerly": (
+    "label 3 in a dataset, run eagerly": (
         ValueError,
         [CLASSES, *BATCH_3],
         lambda _: fit_batches(batches(X, changed(LABELS, 9, 3)), good=2, run_eagerly=True),
     ),
-    "label 3 in a data set, to a subclassed model": (
+    "label 3 in a dataset, to a subclassed model": (
         ValueError,
         [CLASSES, *BATCH_3],
         lambda _: fit_batches(batches(X, changed(LABELS, 9, 3)), KINDS["subclassed"], good=2),
     ),
     "label 3 in validation arrays": (
         ValueError,
-        [CLASSES, "3 came", "index 9", "`validation_data`"],
+        [CLASSES, "got 3", "index 9", "`validation_data`"],
         lambda _: fit(X, LABELS, validation_data=(X, changed(LABELS, 9, 3))),
     ),
     "label 3 in arrays to evaluate": (
@@ -540,55 +541,55 @@ ERRORS = {
     ),
     "label beside the ignored class": (
         ValueError,
-        [CLASSES, "-2 came", "index 9"],
+        [CLASSES, "got -2", "index 9"],
         lambda _: fit(X, changed(changed(LABELS, 3, -1), 9, -2), loss=sparse(ignore_class=-1)),
     ),
-    "label beside the ignored class in a data set": (
+    "label beside the ignored class in a dataset": (
         ValueError,
         [CLASSES, "`y` is from -2", *BATCH_3],
         lambda _: fit_batches(batches(X, changed(changed(LABELS, 3, -1), 9, -2)), loss=sparse(ignore_class=-1), good=2),
     ),
     "label of one of several outputs in arrays": (
         ValueError,
-        ["`y['kind']` must be whole numbers from 0 to 2", "3 came", "index 9"],
+        ["`y['kind']` must be whole numbers from 0 to 2", "got 3", "index 9"],
         lambda _: fit(X, two_targets(changed(LABELS, 9, 3)), two_outputs, two_losses()),
     ),
-    "label of one of several outputs in a data set": (
+    "label of one of several outputs in a dataset": (
         ValueError,
         ["`y['kind']` must be whole numbers from 0 to 2", *BATCH_3],
         lambda _: fit_batches(batches(X, two_targets(changed(LABELS, 9, 3))), two_outputs, two_losses(), good=2),
     ),
     "one-hot targets to a loss of labels": (
         ValueError,
-        ["`loss` sparse_categorical_crossentropy", "`y` of shape (None, 3) came", "one-hot", "argmax"],
+        ["`loss` sparse_categorical_crossentropy", "got `y` of shape (None, 3)", "one-hot", "argmax"],
         lambda _: fit(X, ONE_HOT),
     ),
-    "one-hot targets to a loss of labels in a data set": (
+    "one-hot targets to a loss of labels in a dataset": (
         ValueError,
-        ["`loss` sparse_categorical_crossentropy", "`y` of shape (None, 3) came", "one-hot", "argmax"],
+        ["`loss` sparse_categorical_crossentropy", "got `y` of shape (None, 3)", "one-hot", "argmax"],
         lambda _: fit_batches(batches(X, ONE_HOT)),
     ),
     "labels to a loss of one-hot targets": (
         ValueError,
-        ["`loss` categorical_crossentropy", "`y` of shape (None,) came", "labels", "to_categorical"],
+        ["`loss` categorical_crossentropy", "got `y` of shape (None,)", "labels", "to_categorical"],
         lambda _: fit(X, LABELS, loss=categorical()),
     ),
     "labels in a column to a loss of one-hot targets": (
         ValueError,
-        ["`loss` categorical_crossentropy", "`y` of shape (None, 1) came", "labels", "to_categorical"],
+        ["`loss` categorical_crossentropy", "got `y` of shape (None, 1)", "labels", "to_categorical"],
         lambda _: fit(X, LABELS[:, None], loss=categorical()),
     ),
-    "labels to a loss of one-hot targets in a data set": (
+    "labels to a loss of one-hot targets in a dataset": (
         ValueError,
-        ["`loss` categorical_crossentropy", "`y` of shape (None,) came", "labels", "to_categorical"],
+        ["`loss` categorical_crossentropy", "got `y` of shape (None,)", "labels", "to_categorical"],
         lambda _: fit_batches(batches(X, LABELS), loss=categorical()),
     ),
     "binary targets from 0 to 255": (
         ValueError,
-        ["`y` must be from 0 to 1", "255 came", "index 0"],
+        ["`y` must be from 0 to 1", "got 255", "index 0"],
         lambda _: fit(X, np.full((12, 3), 255), loss=binary()),
     ),
-    "binary targets from 0 to 255 in a data set": (
+    "binary targets from 0 to 255 in a dataset": (
         ValueError,
         ["`y` must be from 0 to 1", "`y` is from 1 to 255", *BATCH_3],
         lambda _: fit_batches(batches(X, changed(np.ones((12, 3), "int64"), 9, 255)), loss=binary(), good=2),
@@ -620,7 +621,7 @@ ERRORS = {
         for form, (make, loss, y, where) in STRUCTURES.items()
     },
     **{
-        f"target of 255 in a data set, {form}": (
+        f"target of 255 in a dataset, {form}": (
             ValueError,
             [f"`y{where}` must be from 0 to 1", "is from 0 to 255", *BATCH_3],
             lambda _, make=make, loss=loss, y=y: fit_batches(
@@ -628,12 +629,12 @@ ERRORS = {
             ),
         )
         for form, (make, loss, y, where) in STRUCTURES.items()
-        if form.endswith(("dicts", "lists", "list of losses"))
+        if form.endswith("dicts")
     },
     **{
         f"one target for several outputs, {loss}": (
             ValueError,
-            ["`loss` compares", "`y` of shape (None,) came, with outputs of shape (None, 3)", "one shape"],
+            ["`loss` compares", "got `y` of shape (None,), with outputs of shape (None, 3)", "one shape"],
             lambda _, loss=loss: fit(X, LABELS % 2, loss=loss),
         )
         for loss in ("mse", "binary_crossentropy", "huber")
@@ -651,12 +652,12 @@ ERRORS = {
     ),
     "objects": (
         TypeError,
-        ["`x`", "array of objects came", "one shape and type"],
+        ["`x`", "got an array of objects", "one shape and type"],
         lambda _: fit(X.astype(object), LABELS),
     ),
     "objects as targets": (
         TypeError,
-        ["`y`", "array of objects came", "one shape and type"],
+        ["`y`", "got an array of objects", "one shape and type"],
         lambda _: fit(X, np.array([None, *LABELS[1:]])),
     ),
     "strings": ((TypeError, ValueError), ["`x`", "string", "numbers"], lambda _: fit(X.astype(str), LABELS)),
@@ -665,14 +666,14 @@ ERRORS = {
         ["`y`", "string", "numbers"],
         lambda _: fit(X, LABELS.astype(str)),
     ),
-    "strings as targets in a data set": (
+    "strings as targets in a dataset": (
         (TypeError, ValueError),
         ["`y`", "string", "numbers"],
         lambda _: fit_batches(batches(X, LABELS.astype(str))),
     ),
     "batch of four parts": (
         ValueError,
-        ["batch must be x, (x, y) or (x, y, sample_weight)", "4 parts came", "dict", "override the step"],
+        ["batch must be x, (x, y) or (x, y, sample_weight)", "got one of 4 parts", "dict", "override the step"],
         lambda _: fit_batches(tf.data.Dataset.from_tensor_slices((X, LABELS, LABELS, LABELS)).batch(BATCH)),
     ),
     "no y": (
@@ -680,19 +681,19 @@ ERRORS = {
         ["`loss`", "needs targets", "no y", "Pass y", "`loss=None`"],
         lambda _: fit(X, None),
     ),
-    "no y in a data set": (
+    "no y in a dataset": (
         ValueError,
         ["`loss`", "needs targets", "no y", "(x, y)"],
         lambda _: fit_batches(batches(X)),
     ),
-    "endless data set": (
+    "endless dataset": (
         ValueError,
-        ["`x` is an endless data set", "`steps_per_epoch`"],
+        ["`x` is an endless dataset", "`steps_per_epoch`"],
         lambda _: fit_batches(endless()),
     ),
-    "endless validation data set": (
+    "endless validation dataset": (
         ValueError,
-        ["`validation_data` is an endless data set", "`validation_steps`"],
+        ["`validation_data` is an endless dataset", "`validation_steps`"],
         lambda _: fit(X, LABELS, validation_data=endless()),
     ),
     **{
@@ -709,14 +710,14 @@ ERRORS = {
         ["`x`", "(None, 4)", "(None, 3)"],
         lambda _: fit(X[:, :3], LABELS),
     ),
-    "features of another width in a data set": (
+    "features of another width in a dataset": (
         ValueError,
         ["`x`", "(None, 4)", "(None, 3)"],
         lambda _: fit_batches(batches(X[:, :3], LABELS)),
     ),
-    "function that returns one shuffled data set for all epochs": (
+    "function that returns one shuffled dataset for all epochs": (
         ValueError,
-        ["`x` returned one data set for the epochs 0 and 1", "within the function"],
+        ["`x` returned one dataset for the epochs 0 and 1", "within the function"],
         lambda _: of_one(batches(X, LABELS).shuffle(9, seed=1)),
     ),
     # Numbers that are not finite.
@@ -729,14 +730,14 @@ ERRORS = {
         for value in (NAN, INF)
     },
     **{
-        f"{value} in features of a data set": (
+        f"{value} in features of a dataset": (
             FloatingPointError,
             [*INFINITE, "`x` itself is not finite, first in row 1", "`trainer.skip_nonfinite"],
             lambda _, value=value: fit_batches(batches(changed(X, (9, 1), value), LABELS), good=2),
         )
         for value in (NAN, INF)
     },
-    "NaN in features of a data set, ten steps in a graph call": (
+    "NaN in features of a dataset, ten steps in a graph call": (
         FloatingPointError,
         [*INFINITE, "`x` itself is not finite, first in row 1"],
         lambda _: fit_batches(batches(changed(X, (9, 1), NAN), LABELS), good=2, steps_per_execution=10),
@@ -759,7 +760,7 @@ ERRORS = {
     # The step.
     "loss of each example": (
         ValueError,
-        ["`loss` must be one floating number", "shape (None,) and dtype float32 came", "`tf.reduce_mean`"],
+        ["`loss` must be one floating number", "got shape (None,) and dtype float32", "`tf.reduce_mean`"],
         lambda _: trainer(kind=VectorLoss).fit(X, LABELS, verbose=0),
     ),
     "loss None": (
@@ -791,7 +792,7 @@ ERRORS = {
     **{
         f"{name}={value}": (
             ValueError,
-            [f"`{name}` must be a whole number of at least 1", f"{value!r} came"],
+            [f"`{name}` must be a whole number of at least 1", f"got {value!r}"],
             lambda _, name=name, value=value: trainer().fit(X, LABELS, **{name: value}),
         )
         for name, value in itertools.product(
@@ -803,20 +804,20 @@ ERRORS = {
     **{
         f"initial_epoch={value}": (
             ValueError,
-            ["`initial_epoch` must be a whole number of at least 0", f"{value!r} came"],
+            ["`initial_epoch` must be a whole number of at least 0", f"got {value!r}"],
             lambda _, value=value: trainer().fit(X, LABELS, initial_epoch=value),
         )
         for value in (-1, True, 1.0, None)
     },
     "epochs=None": (
         ValueError,
-        ["`epochs` must be a whole", "None came"],
+        ["`epochs` must be a whole", "got None"],
         lambda _: trainer().fit(X, LABELS, epochs=None),
     ),
     **{
         f"{method} with {name}={value}": (
             ValueError,
-            [f"`{name}` must be a whole number of at least 1", f"{value!r} came"],
+            [f"`{name}` must be a whole number of at least 1", f"got {value!r}"],
             lambda _, method=method, name=name, value=value: getattr(trainer(), method)(X, **{name: value}),
         )
         for method, name, value in itertools.product(
@@ -826,7 +827,7 @@ ERRORS = {
     **{
         f"steps_per_execution={value}": (
             ValueError,
-            ["`steps_per_execution`", '"auto"', "at least 1", f"{value!r} came"],
+            ["`steps_per_execution`", '"auto"', "at least 1", f"got {value!r}"],
             lambda _, value=value: looplab.Trainer(functional(), steps_per_execution=value),
         )
         for value in (0, -1, True, 1.5, None, "fast")
@@ -834,14 +835,14 @@ ERRORS = {
     **{
         f"learning_rate={rate}": (
             ValueError,
-            ["`learning_rate` of `optimizer`", "finite number of at least 0", f"{rate}", "came"],
+            ["`learning_rate` of `optimizer`", "finite number of at least 0", f"got {rate}"],
             lambda _, rate=rate: trainer(optimizer=keras.optimizers.SGD(rate)).fit(X, LABELS, verbose=0),
         )
         for rate in (-0.1, NAN, INF)
     },
     "negative learning_rate beneath loss scaling": (
         ValueError,
-        ["`learning_rate` of `optimizer`", "at least 0", "-1.0 came"],
+        ["`learning_rate` of `optimizer`", "at least 0", "got -1.0"],
         lambda _: trainer(optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(-1.0))).fit(
             X, LABELS, verbose=0
         ),
@@ -849,7 +850,7 @@ ERRORS = {
     **{
         f"Checkpoint(every={every!r})": (
             ValueError,
-            ["`every` must be", "at least 1", '"epoch"', f"{every!r} came"],
+            ["`every` must be", "at least 1", '"epoch"', f"got {every!r}"],
             lambda _, every=every: looplab.Checkpoint(every=every),
         )
         for every in (
@@ -870,25 +871,25 @@ ERRORS = {
     **{
         f"Checkpoint(keep={keep!r})": (
             ValueError,
-            ["`keep` must be a whole number of at least 1", f"{keep!r} came"],
+            ["`keep` must be a whole number of at least 1", f"got {keep!r}"],
             lambda _, keep=keep: looplab.Checkpoint(keep=keep),
         )
         for keep in (0, -1, True, 1.0, "2", None)
     },
     'Checkpoint(mode="min") without a monitor': (
         ValueError,
-        ["`mode` 'min' came without `monitor`"],
+        ["`mode` is 'min', but there is no `monitor`"],
         lambda _: looplab.Checkpoint(mode="min"),
     ),
     "checkpoint without a folder": (
         ValueError,
-        ["`checkpoint` came without `log_dir`"],
+        ["`checkpoint` needs `log_dir`"],
         lambda _: looplab.Trainer(functional(), checkpoint=looplab.Checkpoint(every=5)),
     ),
     **{
         f"skip_nonfinite={value!r}": (
             ValueError,
-            ["`skip_nonfinite` must be a whole number of at least 0", f"{value!r} came"],
+            ["`skip_nonfinite` must be a whole number of at least 0", f"got {value!r}"],
             lambda _, value=value: fit_skipping(value),
         )
         for value in (-1, True, 1.5, "3")
@@ -908,22 +909,22 @@ ERRORS = {
     ),
     'Checkpoint(mode="best")': (
         ValueError,
-        ["`mode` must be", '"min"', '"max"', "'best' came"],
+        ["`mode` must be", '"min"', '"max"', "got 'best'"],
         lambda _: looplab.Checkpoint(mode="best"),
     ),
     "Checkpoint(monitor=3)": (
         ValueError,
-        ["`monitor` must be a name", "3 came"],
+        ["`monitor` must be a name", "got 3"],
         lambda _: looplab.Checkpoint(monitor=3),
     ),
     "checkpoint that is none": (
         TypeError,
-        ["`checkpoint` must be a `looplab.Checkpoint`", "'epoch' came"],
+        ["`checkpoint` must be a `looplab.Checkpoint`", "got 'epoch'"],
         lambda _: looplab.Trainer(functional(), checkpoint="epoch"),
     ),
     "monitor that no epoch logs": (
         ValueError,
-        ["`monitor`", "'val_loss' came", "'loss'"],
+        ["`monitor`", "got 'val_loss'", "'loss'"],
         lambda place: trainer(log_dir=place.folder / "run", checkpoint=looplab.Checkpoint(monitor="val_loss")).fit(
             X, LABELS, verbose=0
         ),
@@ -975,7 +976,7 @@ ERRORS = {
         ["`log_dir`", "must be a folder", "is a file"],
         lambda place: trainer(log_dir=without_log_dir(place.run())).fit(X, LABELS, verbose=0),
     ),
-    "log_dir that is a file, to go on": (
+    "log_dir that is a file, to resume": (
         ValueError,
         ["`log_dir` must be a folder", "is a file", "another folder"],
         lambda place: resume(without_log_dir(place.run())),
@@ -995,7 +996,7 @@ ERRORS = {
         ["`log_dir`", "holds the run of another trainer"],
         lambda place: resume(without(place.run(), "train"), resume=False),
     ),
-    "log_dir to go on in, with event files of Keras": (
+    "log_dir to resume in, with event files of Keras": (
         ValueError,
         ["`resume`: `log_dir`", "event files that looplab did not write", "new folder"],
         lambda place: resume(of_keras(place.folder / "run")),
@@ -1008,7 +1009,7 @@ ERRORS = {
     ),
     "resume that is a folder": (
         TypeError,
-        ["`resume` must be True or False", "'run' came", "`log_dir`"],
+        ["`resume` must be True or False", "got 'run'", "`log_dir`"],
         lambda place: trainer(log_dir=place.folder / "run").fit(X, LABELS, resume="run", verbose=0),
     ),
     # Checkpoints.
@@ -1034,12 +1035,12 @@ ERRORS = {
     ),
     "restoring from a folder that is no checkpoint": (
         ValueError,
-        ["checkpoint", "manifest.json cannot be read"],
+        ["checkpoint", "manifest.json is missing"],
         lambda place: built(place).restore(place.folder),
     ),
     "restoring from what is not there": (
         ValueError,
-        ['`checkpoint` must be "newest", "best", or a folder', "last came"],
+        ['`checkpoint` must be "newest", "best" or an existing folder', "got 'last'"],
         lambda place: built(place).restore("last"),
     ),
     "restoring before there are variables": (
@@ -1047,27 +1048,27 @@ ERRORS = {
         ["`restore` needs all variables", "`build`"],
         lambda place: trainer(log_dir=place.run()).restore("newest"),
     ),
-    "going on with another seed": (
+    "resuming with another seed": (
         ValueError,
         ["`resume`", "has seed 1", "now it is 2", "another `log_dir`"],
         lambda place: resume(place.run(), seed=2),
     ),
-    "going on with another batch_size": (
+    "resuming with another batch_size": (
         ValueError,
         ["`resume`", "has batch_size 4", "now it is 3", "another `log_dir`"],
         lambda place: resume(place.run(), batch_size=3),
     ),
-    "going on with fewer examples": (
+    "resuming with fewer examples": (
         ValueError,
         ["`resume`", "has examples 12", "now it is 11", "another `log_dir`"],
         lambda place: resume(place.run(), data=(X[:11], LABELS[:11])),
     ),
-    "going on without shuffling": (
+    "resuming without shuffling": (
         ValueError,
         ["`resume`", "has shuffle True", "now it is False", "another `log_dir`"],
         lambda place: resume(place.run(), shuffle=False),
     ),
-    "going on with a data set that shuffles without a seed": (
+    "resuming with a dataset that shuffles without a seed": (
         ValueError,
         ["`x` has `shuffle` without a `seed`", "`dataset.shuffle(1000, seed=0)`"],
         lambda place: shuffled(place, resume=True),
@@ -1076,7 +1077,7 @@ ERRORS = {
     **{
         f"{save.__name__} file of which {part:.0%} are there": (
             ValueError,
-            ["`data_dir`", "mnist.npz is damaged", "Fetch it again"],
+            ["`data_dir`", "mnist.npz is damaged", "Download it again"],
             lambda place, save=save, part=part: load(cut(npz(place, save), part)),
         )
         for save in (np.savez, np.savez_compressed)
@@ -1084,7 +1085,7 @@ ERRORS = {
     },
     "data file that is a pickle": (
         ValueError,
-        ["`data_dir`", "mnist.npz is damaged", "Fetch it again"],
+        ["`data_dir`", "mnist.npz is damaged", "Download it again"],
         lambda place: load(overwritten(npz(place), pickle.dumps(Trap()))),
     ),
     **{
@@ -1100,7 +1101,7 @@ ERRORS = {
 
 @pytest.mark.filterwarnings("ignore:.*received `from_logits=True`:UserWarning")
 @pytest.mark.parametrize(("error", "needles", "call"), ERRORS.values(), ids=ERRORS)
-def test_a_mistake_is_told_and_nothing_is_learned_from_it(error, needles, call, tmp_path, saved_run):
+def test_a_mistake_is_an_error_and_nothing_is_learned_from_it(error, needles, call, tmp_path, saved_run):
     with pytest.raises(Exception) as caught:  # noqa: PT011  (the type is asserted below, so that a wrong one is shown)
         call(Place(tmp_path, saved_run))
     assert isinstance(caught.value, error), f"{type(caught.value).__name__}: {caught.value}"
@@ -1163,9 +1164,9 @@ def with_generator():
     return batches(X, LABELS).map(lambda x, y: (x + generator.normal(tf.shape(x)), y))
 
 
-LOGITS_WANTED = "`loss` has from_logits=True, and the outputs are probabilities"
+LOGITS_WANTED = "`loss` has from_logits=True, but the model outputs probabilities"
 PROBABILITIES_WANTED = "`loss` expects probabilities, but the model outputs logits"
-PIXELS_TOLD = "`x` looks like images from 0 to 255.*divide by 255.*Rescaling"
+PIXELS_DOUBTED = "`x` looks like images from 0 to 255.*divide by 255.*Rescaling"
 
 WARNINGS = {
     **{
@@ -1190,7 +1191,7 @@ WARNINGS = {
         PROBABILITIES_WANTED,
         lambda _: fit(X, ONE_HOT, functional, "binary_crossentropy"),
     ),
-    "softmax to a loss of logits, in a data set": (
+    "softmax to a loss of logits, in a dataset": (
         LOGITS_WANTED,
         lambda _: trainer(functional("softmax")).fit(batches(X, LABELS), verbose=0),
     ),
@@ -1206,17 +1207,20 @@ WARNINGS = {
     ),
     **{
         f"images from 0 to 255, {make.__name__}": (
-            PIXELS_TOLD,
+            PIXELS_DOUBTED,
             lambda _, make=make: fit(PIXELS.astype("float32"), LABELS, make),
         )
         for make in (functional_of_images, sequential_of_images, subclassed_of_images)
     },
     **{
-        f"uint8 images, {make.__name__}": (PIXELS_TOLD, lambda _, make=make: fit(PIXELS.astype("uint8"), LABELS, make))
+        f"uint8 images, {make.__name__}": (
+            PIXELS_DOUBTED,
+            lambda _, make=make: fit(PIXELS.astype("uint8"), LABELS, make),
+        )
         for make in (functional_of_images, sequential_of_images)
     },
     "uint8 images without channels": (
-        PIXELS_TOLD,
+        PIXELS_DOUBTED,
         lambda _: fit(
             PIXELS[..., 0].astype("uint8"), LABELS, lambda: keras.Sequential([layers.Flatten(), layers.Dense(3)])
         ),
@@ -1226,37 +1230,37 @@ WARNINGS = {
         lambda _: fit(X, [ONE_HOT, LABELS], logits_and_classes, {"a": CLASS, "z": BITS}),
     ),
     "images from 0 to 255 to outputs from 0 to 1": (
-        "outputs are all from 0 to 1, and the targets go beyond.*scale",
+        "outputs are all from 0 to 1, but the targets are not.*scale",
         lambda _: reconstruct(lambda images: (images, images)),
     ),
-    "images from 0 to 255 to outputs from 0 to 1 in a data set": (
-        "outputs are all from 0 to 1, and the targets go beyond.*scale",
+    "images from 0 to 255 to outputs from 0 to 1 in a dataset": (
+        "outputs are all from 0 to 1, but the targets are not.*scale",
         lambda _: reconstruct(lambda images: (batches(images, images),)),
     ),
     "targets in one column for several outputs": (
-        "`y` of shape \\(None, 1\\) came, with outputs of shape \\(None, 3\\).*one shape",
+        "`y` has shape \\(None, 1\\), and the outputs have shape \\(None, 3\\).*one shape",
         lambda _: fit(X, TARGETS[:, :1], loss="mse"),
     ),
     "weights without a gradient": ("Gradients do not exist for variables.*dead", lambda _: fit(X, LABELS, unused)),
-    "data set that shuffles without a seed, to be saved": (
+    "dataset that shuffles without a seed, to be saved": (
         "`x` has `shuffle` without a `seed`.*`dataset.shuffle\\(1000, seed=0\\)`",
         shuffled,
     ),
-    "data set that shuffles within another without a seed, to be saved": (
+    "dataset that shuffles within another without a seed, to be saved": (
         "`x` has `shuffle` without a `seed` in `flatmap`.*seed",
         lambda place: trainer(log_dir=place.folder / "run").fit(of_several(), verbose=0),
     ),
-    "data set with a generator of its own, to be saved": (
+    "dataset with a generator of its own, to be saved": (
         "`x` has RngReadAndSkip in `map`.*seed",
         lambda place: trainer(log_dir=place.folder / "run").fit(with_generator(), verbose=0),
     ),
-    "data set that draws without a seed, to be saved": (
+    "dataset that draws without a seed, to be saved": (
         "`x` has RandomUniform in `map`.*seed",
         lambda place: trainer(log_dir=place.folder / "run").fit(
             batches(X, LABELS).map(lambda x, y: (x + tf.random.uniform(tf.shape(x)), y)), verbose=0
         ),
     ),
-    "data set with fewer batches than steps": (
+    "dataset with fewer batches than steps": (
         "data ended after 3 of 5 batches",
         lambda _: trainer().evaluate(batches(X, LABELS), steps=5, verbose=0),
     ),
@@ -1276,12 +1280,12 @@ def resume_without_its_callback(run):
         trainer(log_dir=run, seed=1).fit(X, LABELS, callbacks=callbacks, epochs=2, resume=True, verbose=0)
 
 
-@pytest.mark.parametrize(("told", "call"), WARNINGS.values(), ids=WARNINGS)
-def test_what_may_be_meant_is_a_warning(told, call, tmp_path, saved_run):
-    with pytest.warns(UserWarning, match=f"(?s){told}") as warned:
+@pytest.mark.parametrize(("text", "call"), WARNINGS.values(), ids=WARNINGS)
+def test_what_may_be_intended_is_a_warning(text, call, tmp_path, saved_run):
+    with pytest.warns(UserWarning, match=f"(?s){text}") as warned:
         call(Place(tmp_path, saved_run))
-    matching = [warning for warning in warned if re.search(told, str(warning.message), re.DOTALL)]
-    if not told.startswith("Gradients do not exist"):  # which Keras tells
+    matching = [warning for warning in warned if re.search(text, str(warning.message), re.DOTALL)]
+    if not text.startswith("Gradients do not exist"):  # a warning of Keras
         assert matching[0].filename == __file__  # the line that made the mistake, and none of the library
 
 
@@ -1331,7 +1335,7 @@ SOUND = {
     **{
         form: lambda make=make, loss=loss, y=y: fit(X, y(ONE_HOT, LABELS), make, loss)
         for form, (make, loss, y, _) in STRUCTURES.items()
-        if "without" not in form  # what has no loss has no gradient, which Keras tells
+        if "without" not in form  # what has no loss has no gradient, of which Keras warns
     },
     "sum of errors of outputs from 0 to 1": lambda: fit(
         X, ONE_HOT, lambda: functional("sigmoid"), keras.losses.MeanSquaredError(reduction="sum")
@@ -1341,13 +1345,13 @@ SOUND = {
         X, TARGETS[:, 0], lambda: keras.Sequential([layers.Dense(1)]), loss=keras.losses.MeanSquaredError()
     ),
     "two outputs": lambda: fit(X, two_targets(LABELS), two_outputs, two_losses()),
-    "data set": lambda: trainer().fit(batches(X, LABELS).shuffle(100), verbose=0),  # nothing is saved
+    "dataset": lambda: trainer().fit(batches(X, LABELS).shuffle(100), verbose=0),  # nothing is saved
     "NaN in targets that have no weight": lambda: fit(X, LABELS, sample_weight=np.zeros(12, "float32")),
 }
 
 
 @pytest.mark.parametrize("call", SOUND.values(), ids=SOUND)
-def test_of_what_is_sound_nothing_is_told(call):
+def test_sound_data_gives_no_warning(call):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         call()
@@ -1376,16 +1380,13 @@ DAMAGES = {
 FILES = ("arrays.safetensors", "state.json", "manifest.json")
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_an_older_one_is_gone_on_from(name, damage, saved_run, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_an_older_one_is_resumed(name, saved_run, tmp_path):
     run = Place(tmp_path, saved_run).run()
-    DAMAGES[damage](newest(run) / name)
-    with pytest.warns(UserWarning, match=rf"Skipped: checkpoint {newest(run)} is damaged: ") as told:
+    DAMAGES["middle byte"](newest(run) / name)
+    with pytest.warns(UserWarning, match=rf"Skipped: checkpoint {newest(run)} is damaged: ") as warned:
         tested = resume(run)
-    assert len(told) == 1
-    if name != "manifest.json":  # a checksum in that may be damaged
-        assert name in str(told[0].message)
+    assert len(warned) == 1
     assert tested.steps == 6
     for weight, expected in zip(tested.get_weights(), weights_of(saved_run), strict=True):
         np.testing.assert_array_equal(weight, expected)
@@ -1393,13 +1394,23 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_is_gone_on_from(name, da
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_where_all_checkpoints_are_damaged_nothing_begins(name, damage, saved_run, tmp_path):
+def test_each_damage_is_detected(name, damage, saved_run, tmp_path):
     run = Place(tmp_path, saved_run).run()
-    for path in sorted((run / "checkpoints").iterdir(), reverse=True):
-        if damage == "another one's" and path.name == OLDER:
-            shutil.rmtree(path)
-        else:
-            DAMAGES[damage](path / name)
+    damaged, older = newest(run), run / "checkpoints" / OLDER
+    DAMAGES[damage](damaged / name)
+    saved, skipped = Store(run / "checkpoints", looplab.Checkpoint()).newest()
+    assert saved.path == older
+    (reason,) = skipped
+    assert f"checkpoint {damaged} is damaged: " in reason
+    if name != "manifest.json":  # a checksum in that may be damaged
+        assert name in reason
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_if_all_checkpoints_are_damaged_nothing_starts(name, saved_run, tmp_path):
+    run = Place(tmp_path, saved_run).run()
+    for path in (run / "checkpoints").iterdir():
+        DAMAGES["half"](path / name)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*another `log_dir`") as caught:
         resume(run)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import looplab
-from looplab.recipe import UsageError
+from looplab.cli.recipe import UsageError
 from looplab.testing import read_scalars
 
 X = np.random.default_rng(0).normal(size=(20, 2)).astype("float32")

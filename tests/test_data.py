@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 import looplab
-from looplab import arrays, data
+from looplab.data import arrays
+from looplab.data import batches as data
 
 N = 10  # examples; in batches of 4 a pass over them has the sizes 4, 4, 2
 ROWS = np.arange(N, dtype="float32")
@@ -83,7 +84,7 @@ def test_batch_size_is_32_unless_given():
 
 
 @pytest.mark.parametrize("steps", [None, 2, 7], ids=lambda steps: f"steps-{steps}")
-def test_starting_at_an_epoch_goes_on_as_running_up_to_it(steps):
+def test_starting_at_an_epoch_continues_the_earlier_ones(steps):
     batches = batches_of(ROWS, batch_size=4, shuffle=True, seed=5, steps=steps)
     length = steps or 3
     assert batches.steps == length
@@ -196,7 +197,7 @@ def test_validation_split_of_a_dataset_names_the_split():
         trainer.fit(tf.data.Dataset.from_tensors((np.ones((4, 1)), np.ones((4, 1)))), validation_split=0.5)
 
 
-# Data sets, and functions of the epoch.
+# Datasets, and functions of the epoch.
 
 
 def numbers(start=0):
@@ -217,13 +218,13 @@ def test_dataset_of_unknown_length_ends_by_itself():
 
 
 @pytest.mark.parametrize(("steps", "endless"), [(2, False), (7, False), (3, True)])
-def test_dataset_with_steps_goes_on_where_it_stopped(steps, endless):
+def test_dataset_with_steps_continues_where_it_stopped(steps, endless):
     batches = batches_of(numbers().repeat() if endless else numbers(), steps=steps)
     assert (batches.steps, batches.continues) == (steps, True)
     assert [batch[0] for batch in taken(batches, epochs=3)] == [2 * (step % 5) for step in range(3 * steps)]
 
 
-def test_dataset_with_steps_starts_at_an_epoch_as_running_up_to_it():
+def test_dataset_with_steps_starts_at_any_epoch():
     batches = batches_of(numbers(), steps=3)
     assert same(taken(batches, epoch=1), taken(batches, epochs=2)[3:])
 
@@ -236,7 +237,7 @@ def test_function_is_called_with_the_epoch():
 
 
 @pytest.mark.parametrize("steps", [2, 7])
-def test_function_with_steps_begins_each_epoch_anew(steps):
+def test_function_with_steps_starts_each_epoch_again(steps):
     batches = batches_of(lambda epoch: numbers(100 * epoch), steps=steps)
     firsts = [batch[0] for batch in taken(batches, epoch=2)]
     assert firsts == [200 + 2 * (step % 5) for step in range(steps)]
@@ -256,20 +257,23 @@ def test_function_whose_epochs_differ_in_length_is_trained_on_whole(line):
     assert trainer.steps == 1 + 2 + 3
 
 
-# Errors: each names the argument, what came, and the remedy.
+# Errors: each names the argument, the value and the fix.
 
 FOURS = tf.data.Dataset.from_tensors((1, 2, 3, 4))
 ERRORS = {
-    "generator": (["`x`", "generator came", "from_generator"], lambda: batches_of(i for i in range(3))),
-    "set": (["`x`", "set came", "from_generator"], lambda: batches_of({1, 2})),
-    "PyDataset": (["`x`", "PyDataset came", "from_generator"], lambda: batches_of(keras.utils.PyDataset())),
-    "range": (["`validation_data`", "range came"], lambda: batches_of(range(3), name="validation_data")),
-    "map as y": (["`y`", "map came", "from_generator"], lambda: batches_of(ROWS, map(int, ROWS))),
-    "generator in a dict": (["`x['b']`", "generator came"], lambda: batches_of({"a": ROWS, "b": (i for i in ROWS)})),
-    "number": (["`x`", "float came"], lambda: batches_of(3.0)),
+    "generator": (["`x`", "got generator", "from_generator"], lambda: batches_of(i for i in range(3))),
+    "set": (["`x`", "got set", "from_generator"], lambda: batches_of({1, 2})),
+    "PyDataset": (["`x`", "got PyDataset", "from_generator"], lambda: batches_of(keras.utils.PyDataset())),
+    "range": (["`validation_data`", "got range"], lambda: batches_of(range(3), name="validation_data")),
+    "map as y": (["`y`", "got map", "from_generator"], lambda: batches_of(ROWS, map(int, ROWS))),
+    "generator in a dict": (["`x['b']`", "got generator"], lambda: batches_of({"a": ROWS, "b": (i for i in ROWS)})),
+    "number": (["`x`", "got float"], lambda: batches_of(3.0)),
     "array of one number": (["`x`", "first dimension", "single number"], lambda: batches_of(np.float32(3))),
-    "objects": (["`x`", "objects came", "shape"], lambda: batches_of(np.array([1, None]))),
-    "objects in a dict": (["`y['t']`", "objects came"], lambda: batches_of(ROWS, {"t": np.array([1, "a"], object)})),
+    "objects": (["`x`", "got an array of objects", "shape"], lambda: batches_of(np.array([1, None]))),
+    "objects in a dict": (
+        ["`y['t']`", "got an array of objects"],
+        lambda: batches_of(ROWS, {"t": np.array([1, "a"], object)}),
+    ),
     "ragged list": (["`x`", "shape"], lambda: batches_of([[1.0], [2.0, 3.0]])),
     "none": (["`x`", "None"], lambda: batches_of(None)),
     "none with y": (["`x`", "None"], lambda: batches_of(None, ROWS)),
@@ -284,13 +288,13 @@ ERRORS = {
     "empty in a dict": (["`x` is empty", "0 examples"], lambda: batches_of({"a": ROWS[:0]}, ROWS[:0])),
     "empty list": (["`x`", "empty"], lambda: batches_of([])),
     "empty dict": (["`x`", "empty"], lambda: batches_of({})),
-    "empty data set": (["`x` is an empty data set"], lambda: batches_of(numbers().take(0))),
-    "empty data set of a function": (["`x` is an empty data set"], lambda: batches_of(lambda _: numbers().take(0))),
+    "empty dataset": (["`x` is an empty dataset"], lambda: batches_of(numbers().take(0))),
+    "empty dataset of a function": (["`x` is an empty dataset"], lambda: batches_of(lambda _: numbers().take(0))),
 }
 
 
 @pytest.mark.parametrize(("needles", "call"), ERRORS.values(), ids=ERRORS)
-def test_what_is_no_data_is_told(needles, call):
+def test_invalid_data_is_an_error_that_says_what_to_do(needles, call):
     with pytest.raises((TypeError, ValueError)) as caught:
         call()
     assert [needle for needle in needles if needle not in str(caught.value)] == []
@@ -300,8 +304,8 @@ def test_what_is_no_data_is_told(needles, call):
 @pytest.mark.parametrize(
     "other", [{"y": ROWS}, {"sample_weight": ROWS}, {"batch_size": 2}], ids=lambda o: next(iter(o))
 )
-def test_dataset_comes_alone(x, kind, other):
-    with pytest.raises(ValueError, match=f"`{next(iter(other))}` must not be given where `x` is.*{kind}.*be batches"):
+def test_nothing_else_is_passed_with_a_dataset(x, kind, other):
+    with pytest.raises(ValueError, match=f"`{next(iter(other))}` must not be given if `x` is.*{kind}.*be batches"):
         batches_of(x, **other)
 
 
@@ -310,7 +314,7 @@ def test_dataset_comes_alone(x, kind, other):
     "wrap", [lambda dataset: dataset, lambda dataset: lambda epoch: dataset], ids=["set", "function"]
 )
 def test_endless_dataset_needs_steps(name, argument, wrap):
-    with pytest.raises(ValueError, match=f"`{name}` is an endless data set: say with `{argument}`"):
+    with pytest.raises(ValueError, match=f"`{name}` is an endless dataset: pass as `{argument}`"):
         batches_of(wrap(numbers().repeat()), name=name)
     assert batches_of(wrap(numbers().repeat()), name=name, steps=4).steps == 4
 

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import looplab
-from looplab.datasets import DataError, read_picture
+from looplab.data.named import DataError, read_picture
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -78,7 +78,7 @@ def test_limit_takes_the_first_examples_of_both_parts(tmp_path, limit):
     whole, limited = load(tmp_path), load(tmp_path, limit=limit)
     for key in KEYS:
         assert np.array_equal(getattr(limited, key), getattr(whole, key)[:limit])
-    assert limited.sha256 == whole.sha256  # of the data set, whatever part of it is used
+    assert limited.sha256 == whole.sha256  # of the dataset, whatever part of it is used
 
 
 def test_missing_file_is_named(tmp_path):
@@ -160,12 +160,12 @@ def test_no_damaged_byte_goes_unseen(tmp_path, save):
 @pytest.mark.parametrize("key", KEYS)
 def test_missing_array_is_named(tmp_path, key):
     write(tmp_path, **{key: None})
-    with pytest.raises(DataError, match=rf"mnist\.npz is damaged, or not of .*'{key} is not"):
+    with pytest.raises(DataError, match=rf"mnist\.npz is damaged, or lacks some of .*'{key} is not"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "found"),
     [
         ({"x_train": np.zeros((6, 3, 3), "float32")}, "float32"),
         ({"x_test": np.zeros((4, 3, 3), "int64")}, "int64"),
@@ -179,11 +179,11 @@ def test_missing_array_is_named(tmp_path, key):
     ],
     ids=["float x", "int64 x", "flat x", "other size", "short y", "one y", "empty", "one-hot y", "string y"],
 )
-def test_arrays_of_something_else_are_told(tmp_path, changed, told):
+def test_arrays_of_something_else_are_an_error(tmp_path, changed, found):
     write(tmp_path, **changed)
     with pytest.raises(DataError, match=r"mnist\.npz must hold uint8 images") as caught:
         load(tmp_path)
-    assert told in str(caught.value)
+    assert found in str(caught.value)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["pickle file", "object array"])
@@ -207,7 +207,7 @@ def test_nothing_is_unpickled(tmp_path, whole):
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (3, 3, 1), (3, 3, 3), (6, 6), (2, 5, 3)])
-def test_images_come_in_the_shape_asked_for(tmp_path, shape):
+def test_images_have_the_requested_shape(tmp_path, shape):
     write(tmp_path)
     arrays = looplab.Data("mnist", str(tmp_path)).load(shape)
     original = small_set()["x_train"]
@@ -270,7 +270,7 @@ def test_a_split_must_leave_something(tmp_path):
         load(tmp_path, limit=1, validation_split=0.5)
 
 
-def test_pictures_become_images_of_the_data_set(tmp_path):
+def test_pictures_become_images_of_the_dataset(tmp_path):
     picture = np.zeros((60, 40, 3), "uint8")
     picture[:30] = [255, 0, 0]
     (tmp_path / "a.png").write_bytes(tf.io.encode_png(picture).numpy())
@@ -283,7 +283,7 @@ def test_pictures_become_images_of_the_data_set(tmp_path):
 
 def test_a_file_that_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_text("hello")
-    with pytest.raises(DataError, match=r"a\.png is no picture that can be read: it must be a PNG or JPEG file"):
+    with pytest.raises(DataError, match=r"a\.png is not a picture that can be read: it must be a PNG or JPEG file"):
         read_picture(tmp_path / "a.png", (28, 28))
     with pytest.raises(DataError, match=r"b\.png cannot be read: No such file"):
         read_picture(tmp_path / "b.png", (28, 28))
@@ -343,16 +343,16 @@ def test_without_a_network_mnist_becomes_digits_and_says_so(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    reason = "mnist cannot be fetched (no connection to storage.googleapis.com): learning from 1,797 embedded digits"
-    told = re.fullmatch(r"looplab: (.+)\. To use a file: --data-dir FOLDER_OF_MNIST_NPZ", lines[0])
-    assert told
-    fallback = told[1]
+    reason = "mnist cannot be downloaded (no connection to storage.googleapis.com): learning from 1,797 embedded digits"
+    match = re.fullmatch(r"looplab: (.+)\. To use a file: --data-dir FOLDER_OF_MNIST_NPZ", lines[0])
+    assert match
+    fallback = match[1]
     assert fallback.startswith(reason)
     digits = looplab.Data("digits").load()
     assert lines[1] == f"digits|embedded|{digits.sha256}|{fallback}"
     # A damaged file in Keras's cache is no better than none.
-    [told] = [line for line in lines[2:] if line.startswith("looplab: ")]
+    [line] = [line for line in lines[2:] if line.startswith("looplab: ")]
     assert re.fullmatch(
-        r"looplab: mnist cannot be fetched \(.+\): learning from .* --data-dir FOLDER_OF_MNIST_NPZ", told
+        r"looplab: mnist cannot be downloaded \(.+\): learning from .* --data-dir FOLDER_OF_MNIST_NPZ", line
     )
-    assert lines[-1].startswith(f"digits|embedded|{digits.sha256}|mnist cannot be fetched (")
+    assert lines[-1].startswith(f"digits|embedded|{digits.sha256}|mnist cannot be downloaded (")

@@ -276,10 +276,11 @@ def test_keras_file_gives_the_same_bits_and_trains_on(case, trained, tmp_path):
     np.testing.assert_array_equal(with_seeds_of(model, loaded)(x), model(x))
 
     before = loaded.get_weights()
+    options = {"optimizer": "sgd", "run_eagerly": True}  # a trace takes longer than one step
     if isinstance(x, dict):
-        trainer, batch = looplab.Trainer(loaded, optimizer="sgd"), {**x, "targets": recipe.train["targets"][:4]}
+        trainer, batch = looplab.Trainer(loaded, **options), {**x, "targets": recipe.train["targets"][:4]}
     else:
-        trainer, batch = looplab.Trainer(loaded, optimizer="sgd", loss="mse"), (x, tf.ones_like(model(x)))
+        trainer, batch = looplab.Trainer(loaded, loss="mse", **options), (x, tf.ones_like(model(x)))
     history = trainer.fit(tf.data.Dataset.from_tensors(batch), verbose=0).history
     assert trainer.steps == 1
     assert np.isfinite(history["loss"]).all()
@@ -494,10 +495,10 @@ def test_mini_inception_computes_what_the_loop_written_by_hand_computes(tmp_path
     images, labels = digits.x_train / np.float32(255), digits.y_train.astype("int32")
     batches = tf.data.Dataset.from_tensor_slices((images, labels)).batch(8)
 
-    def by_hand(log_dir):
+    def by_hand():
         keras.utils.set_random_seed(5)
         model = MiniInception()
-        return hand_written(model, batches, tmp_path / log_dir), flat(model)
+        return hand_written(model, batches, tmp_path), flat(model)
 
     def by_trainer():
         keras.utils.set_random_seed(5)
@@ -511,15 +512,10 @@ def test_mini_inception_computes_what_the_loop_written_by_hand_computes(tmp_path
         return np.concatenate([weight.ravel() for weight in model.get_weights()])
 
     with without_grappler():
-        expected_logs, expected = by_hand("without grappler")
+        expected_logs, expected = by_hand()
         logs, weights = by_trainer()
     np.testing.assert_array_equal(weights, expected)
     assert {name: logs[name] for name in expected_logs} == pytest.approx(expected_logs, rel=1e-4)
-    # As shipped, Adam makes whole steps of rounding errors (a bias before a batch normalisation has no other gradient):
-    # the loop written by hand then differs from itself as much as from the trainer's.
-    itself = np.linalg.norm(by_hand("as shipped")[1] - expected)
-    assert 0 < itself < 1e-2 * np.linalg.norm(expected)
-    assert np.linalg.norm(by_trainer()[1] - expected) <= 3 * itself
 
 
 # 16 bits.
@@ -545,7 +541,7 @@ def test_mixed_precision(precision, tmp_path):
 
 
 def test_unknown_precision_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"`precision` must be one of float32, mixed_bfloat16, mixed_float16; 'half'"):
+    with pytest.raises(ValueError, match="mixed_bfloat16, mixed_float16; got 'half'"):
         looplab.run(three_apis, data=looplab.Data("digits"), precision="half", log_dir=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -584,9 +580,8 @@ def test_augmentation_follows_the_seed_and_not_the_length_of_loops(tmp_path):
 
     reference = losses(1, steps_per_execution=1)
     assert len(reference) == 10
-    assert losses(1, steps_per_execution=3) == losses(1, steps_per_execution="auto") == reference
+    assert losses(1, steps_per_execution=3) == reference
     assert losses(2) != reference
-    assert losses(1, augmentation="none") == losses(2, augmentation="none") != reference
 
 
 # Validation on a part of the training images, and the list of recipes.
@@ -604,9 +599,10 @@ def test_the_fast_plan_rises_and_falls_over_the_whole_run():
     assert rates[10] == pytest.approx(0)
 
 
-def test_validation_split_leaves_the_test_images_for_the_report(tmp_path):
+def test_validation_split_leaves_the_test_images_for_the_report_and_verbose_0_prints_nothing(tmp_path, capfd):
     data = looplab.Data("digits", limit=200, validation_split=0.25)
     recipe = looplab.run(RECIPES["mlp"], data=data, epochs=1, log_dir=tmp_path / "run", verbose=0)
+    assert capfd.readouterr() == ("", "")
     described = json.loads((tmp_path / "run" / "config.json").read_text())["data_source"]
     assert [described[f"{part}_examples"] for part in ("training", "validation", "test")] == [150, 50, 200]
     whole = looplab.Data("digits").load((16, 8))
@@ -650,12 +646,6 @@ def test_results_of_another_run_are_not_written_over(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
 
 
-def test_verbose_0_prints_nothing(tmp_path, capfd):
-    options = {"data": looplab.Data("digits", limit=64), "epochs": 1, "log_dir": tmp_path / "run"}
-    looplab.run(RECIPES["mlp"], verbose=0, **options)
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize(
     "flags", ["--validation-split 1.5", "--validation-split 0.999 --limit 4", "--plot .", "--limit 0"]
 )
@@ -671,9 +661,9 @@ def test_images_to_report_on_are_checked_before_anything_is_trained():
     arrays = looplab.Data("digits", limit=4).load()
     trainer = looplab.Trainer(keras.Sequential([keras.layers.Dense(1)]))
     floats = arrays._replace(x_train=arrays.x_train / 255)
-    with pytest.raises(ValueError, match=r"must have uint8 images and one whole number for each; x_train of float64"):
+    with pytest.raises(ValueError, match="uint8 images and one whole number for each; got x_train of float64"):
         looplab.Recipe(trainer, (floats.x_train, arrays.y_train), data=floats, predict=trainer.predict)
-    with pytest.raises(ValueError, match="must be the images and labels to report on; None came"):
+    with pytest.raises(ValueError, match="must be the images and labels to report on; got None"):
         looplab.Recipe(trainer, (arrays.x_train, arrays.y_train), predict=trainer.predict)
 
 
@@ -703,9 +693,9 @@ def refusal(recipe, flags, capsys):
     ("recipe", "flags", "told"),
     [
         ("mlp", "--predict picture.png", "--weights FILE"),
-        ("mlp", "DIGITS --predict text.png", "text.png is no picture"),
-        ("mlp", "DIGITS --predict empty.png", "empty.png is no picture"),
-        ("mlp", "DIGITS --predict cut.png", "cut.png is no picture"),
+        ("mlp", "DIGITS --predict text.png", "text.png is not a picture"),
+        ("mlp", "DIGITS --predict empty.png", "empty.png is not a picture"),
+        ("mlp", "DIGITS --predict cut.png", "cut.png is not a picture"),
         ("mlp", "DIGITS --predict picture.png no.png", "no.png cannot be read: No such file or directory"),
         ("mlp", "DIGITS --predict .", ". cannot be read: Is a directory"),
         ("shallow_net", "DIGITS --predict picture.png", "`weights` WEIGHTS does not fit this recipe's models"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from looplab import report
+from looplab.cli import report
 
 REASON = "needs the extra `report`: pip install 'looplab[report]'"
 matplotlib = pytest.importorskip("matplotlib", reason=REASON)
@@ -146,13 +146,13 @@ def leaves(value):
 @pytest.mark.parametrize(
     ("labels", "probabilities", "told"),
     [
-        ([0, 1], np.eye(3), r"`probabilities` must have shape \(2, 2\).*\(3, 3\) came\. Pass"),
-        ([0, 1], np.eye(3)[:2], r"`probabilities` must have shape \(2, 2\).*\(2, 3\) came\. Pass"),
-        ([0, 1], [0.2, 0.7], r"`probabilities` must have shape \(2, 2\).*\(2,\) came\. Pass"),
-        ([0, 2], np.eye(2), r"`labels` must be from 0 to 1.*0 to 2 came\. Pass"),
-        ([-1, 0], np.eye(2), r"`labels` must be from 0 to 1.*-1 to 0 came\. Pass"),
-        (np.eye(2), np.eye(2), r"`labels` must be whole .*float64 \(2, 2\) came\. Of one-hot"),
-        ([], np.zeros((0, 2)), r"`labels` must be whole .*at least one; float64 \(0,\) came"),
+        ([0, 1], np.eye(3), r"`probabilities` must have shape \(2, 2\).*got \(3, 3\)\. Pass"),
+        ([0, 1], np.eye(3)[:2], r"`probabilities` must have shape \(2, 2\).*got \(2, 3\)\. Pass"),
+        ([0, 1], [0.2, 0.7], r"`probabilities` must have shape \(2, 2\).*got \(2,\)\. Pass"),
+        ([0, 2], np.eye(2), r"`labels` must be from 0 to 1.*got 0 to 2\. Pass"),
+        ([-1, 0], np.eye(2), r"`labels` must be from 0 to 1.*got -1 to 0\. Pass"),
+        (np.eye(2), np.eye(2), r"`labels` must be whole .*got float64 \(2, 2\)\. Of one-hot"),
+        ([], np.zeros((0, 2)), r"`labels` must be whole .*at least one; got float64 \(0,\)"),
     ],
 )
 def test_what_does_not_fit_is_told(labels, probabilities, told):
@@ -340,7 +340,7 @@ def test_samples_make_room_for_long_names():
 
 @pytest.mark.parametrize("images", [np.zeros((1, 8, 8)), np.zeros((0, 8, 8), np.uint8)])
 def test_samples_that_are_no_images(images):
-    with pytest.raises(ValueError, match=r"`images` must be uint8, at least one; .* came"):
+    with pytest.raises(ValueError, match=r"`images` must be uint8, at least one; got .*"):
         report.draw_samples(images, [0], NAMES)
 
 

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import looplab
 
@@ -227,18 +229,29 @@ def test_each_call_replaces_the_file_of_hyperparameters(tmp_path):
     assert event_files(tmp_path) == [".", "train", "validation"]
 
 
+def test_a_resumed_run_shows_the_hyperparameters_of_its_newest_process(tmp_path):
+    for hparams in ({"units": 3, "old": True}, {"units": 4}):
+        trainer = small_trainer(log_dir=tmp_path)
+        trainer.log_hparams(hparams)
+        trainer.fit(np.ones((20, 4)), np.ones((20, 1)), resume=True, verbose=0)
+        (path,) = tmp_path.glob("events.out.*")
+        (event,) = [event for event in EventFileLoader(str(path)).Load() if event.HasField("summary")]
+        data = HParamsPluginData.FromString(event.summary.value[0].metadata.plugin_data.content)
+        assert set(data.session_start_info.hparams) == set(hparams)
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     fit(small_trainer(log_dir=tmp_path))
     before = sorted(tmp_path.rglob("*"))
     other = small_trainer(log_dir=tmp_path)
-    other.log_hparams({"units": 3})  # it waits for what `fit` says
+    other.log_hparams({"units": 3})  # it waits for `fit`
     other.log_embeddings("z", VECTORS)
     with pytest.raises(ValueError, match="holds the run of another trainer"):
         fit(other)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_waited_for_fit_in_vain_is_told_at_the_end_of_the_program(tmp_path):
+def test_a_program_that_never_calls_fit_warns_that_logged_values_are_lost(tmp_path):
     fit(small_trainer(log_dir=tmp_path))
     program = f"import looplab; looplab.Trainer(log_dir={str(tmp_path)!r}).log_hparams({{'units': 3}})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
@@ -256,24 +269,24 @@ def test_without_log_dir_nothing_is_written_and_arguments_are_checked(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ((3, VECTORS), r"`name` must be a string that is not empty; 3 came"),
+        ((3, VECTORS), r"`name` must be a string that is not empty; got 3"),
         ((" \n", VECTORS), r"`name` must be a string"),
         (
             ("z", IMAGES),
-            r"`vectors` must be numbers of shape \(n, d\); shape \(11, 4, 6, 3\) and dtype uint8 .*reshape",
+            r"`vectors` must be numbers of shape \(n, d\); got shape \(11, 4, 6, 3\) and dtype uint8.*reshape",
         ),
-        (("z", [["a"]]), r"`vectors` .*dtype string came"),
+        (("z", [["a"]]), r"`vectors` .*dtype string"),
         (("z", np.zeros((0, 5))), r"`vectors` .*shape \(0, 5\)"),
-        (("z", object()), r"`vectors` must be an array; object came"),
-        (("z", VECTORS, ["a", "b"]), r"`labels` must be one for each of the 11 vectors; shape \(2,\) came"),
+        (("z", object()), r"`vectors` must be an array; got object"),
+        (("z", VECTORS, ["a", "b"]), r"`labels` must be one for each of the 11 vectors; got shape \(2,\)"),
         (("z", VECTORS, np.zeros((11, 1))), r"`labels` .*shape \(11, 1\)"),
         (
             ("z", VECTORS, None, IMAGES[:5]),
-            r"`images` must be uint8 .*11 vectors; shape \(5, 4, 6, 3\) and dtype uint8",
+            r"`images` must be uint8, .*11 vectors, .*; got shape \(5, 4, 6, 3\) and dtype uint8",
         ),
-        (("z", VECTORS, None, IMAGES / 255), r"`images` must be uint8 .*dtype float64 came"),
+        (("z", VECTORS, None, IMAGES / 255), r"`images` must be uint8, .*dtype float64"),
         (("z", VECTORS, None, np.zeros((11, 4, 6, 2), "uint8")), r"`images` .*shape \(11, 4, 6, 2\)"),
         (
             ("z", VECTORS, None, np.zeros((11, 2049, 8), "uint8")),
@@ -281,8 +294,8 @@ def test_without_log_dir_nothing_is_written_and_arguments_are_checked(tmp_path, 
         ),
     ],
 )
-def test_wrong_embeddings_are_refused_before_anything_is_written(tmp_path, arguments, told):
-    with pytest.raises((TypeError, ValueError), match=told):
+def test_wrong_embeddings_are_refused_before_anything_is_written(tmp_path, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         small_trainer(log_dir=tmp_path).log_embeddings(*arguments)
     assert not list(tmp_path.iterdir())
 

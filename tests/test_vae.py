@@ -129,10 +129,9 @@ def bits(images, seed=0, validate_at=None, **options):
 
 def test_loop_length_and_validation_in_mid_epoch_never_change_a_bit(images):
     reference = bits(images, steps_per_execution=1)
-    for steps in (7, 100, "auto"):
+    for steps in (7, "auto"):
         assert bits(images, steps_per_execution=steps) == reference
-    for steps in (1, 7, "auto"):
-        assert bits(images, steps_per_execution=steps, validate_at=8) == reference
+    assert bits(images, steps_per_execution=7, validate_at=8) == reference
     other_history, other_weights = bits(images, seed=1)
     assert other_history != reference[0]
     assert other_weights != reference[1]

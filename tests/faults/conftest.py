@@ -10,5 +10,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """What a net of `runs` comes to where nothing happens to it, by the net's name."""
+    """The outcome of a net of `runs` that is not interrupted, by the net's name."""
     return functools.cache(lambda net: runs.Outcome.uninterrupted(runs.NETS[net], tmp_path_factory.mktemp(net) / "run"))

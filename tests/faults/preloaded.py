@@ -5,12 +5,19 @@ It runs no operation of TensorFlow, which would start threads that a fork does n
 
 import contextlib
 import importlib
+import pkgutil
 import types
 
 import pytest  # noqa: F401
 import runs  # noqa: F401
 
-TRACED = ("checks", "data", "epoch", "guard", "loop", "losses", "metrics", "plausible", "steps", "tracking")
+import looplab
+
+TRACED = [
+    module.name
+    for part in ("loop", "data")
+    for module in pkgutil.iter_modules([f"{looplab.__path__[0]}/{part}"], f"looplab.{part}.")
+]
 
 
 def _translate() -> None:
@@ -22,7 +29,7 @@ def _translate() -> None:
     from tensorflow.python.autograph.impl import api
 
     context = converter.ProgramContext(converter.ConversionOptions(recursive=True, optional_features=()).call_options())
-    for module in [importlib.import_module(f"looplab.{name}") for name in TRACED]:
+    for module in [importlib.import_module(name) for name in ("looplab.steps", *TRACED)]:
         for function in _functions(module):
             with contextlib.suppress(Exception):  # some it cannot translate, and leaves as they are
                 api._TRANSPILER.transform(function, context)

@@ -1,7 +1,7 @@
 """Small trainings to be killed, the child processes in which they run, and what a run leaves in its folder.
 
-The environment variable LOOPLAB_FAULTS tells how many faults the battery makes: without it each test makes a few (less
-than three minutes for all), LOOPLAB_FAULTS=200 is the long form (hours).
+The environment variable LOOPLAB_FAULTS sets how many faults the tests make: without it each test makes a few (less than
+three minutes for all), LOOPLAB_FAULTS=200 is the long form (hours).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import tensorflow as tf
 from keras import layers
 
 import looplab
-import looplab.checkpoint
-import looplab.plain_files
+import looplab.checkpoint.files
+import looplab.checkpoint.store
 from looplab.testing import read_scalars
 
 FAULTS = int(os.environ.get("LOOPLAB_FAULTS", "0"))
@@ -60,7 +60,7 @@ class Sampling(layers.Layer):
 
 def vae(log_dir: Path, every: int = EVERY, keep: int = 2) -> tuple[looplab.Trainer, dict[str, Any]]:
     """A variational auto-encoder whose learning rate a callback lowers: 3 epochs of 7 steps, 4 rows in the last."""
-    _begin()
+    _reset()
     inputs = layers.Input((12,))
     hidden = layers.Dense(8, activation="relu")(inputs)
     sample = Sampling()([layers.Dense(3)(hidden), layers.Dense(3)(hidden)])
@@ -80,7 +80,7 @@ def vae(log_dir: Path, every: int = EVERY, keep: int = 2) -> tuple[looplab.Train
 
 def conv(log_dir: Path, every: int = EVERY, keep: int = 2) -> tuple[looplab.Trainer, dict[str, Any]]:
     """A convolutional net with all that has state beside its weights: 3 epochs of 8 steps, 3 rows in the last."""
-    _begin()
+    _reset()
     model = keras.Sequential(
         [
             layers.Input((6, 6, 1)),
@@ -116,7 +116,7 @@ def conv(log_dir: Path, every: int = EVERY, keep: int = 2) -> tuple[looplab.Trai
 NETS = {"vae": vae, "conv": conv}
 
 
-def _begin() -> None:
+def _reset() -> None:
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
 
@@ -129,8 +129,8 @@ class Child:
 
     Args:
         build: What it trains, `build(log_dir)`: a function of a module, as it goes to the process by its name.
-        log_dir: The folder. What the child tells lies beside it, in `<log_dir>.child-*`.
-        before: Called in the child with the trainer and the arguments of `fit`, before it begins.
+        log_dir: The folder. What the child reports lies beside it, in `<log_dir>.child-*`.
+        before: Called in the child with the trainer and the arguments of `fit`, before it starts.
         dies_at: At which event of saving it kills itself.
     """
 
@@ -192,7 +192,7 @@ def _start_server() -> None:
 
 
 def mark(log_dir: Path, phase: str) -> None:
-    """Tells the parent that a child has come to a phase."""
+    """Reports to the parent that a child is in a phase."""
     _mark(log_dir, phase).touch()
 
 
@@ -201,7 +201,7 @@ def _mark(log_dir: Path, phase: str) -> Path:
 
 
 class Marks(keras.callbacks.Callback):
-    """Marks that training and validation begin, and is no part of a run's state."""
+    """Marks the start of training and validation; it is not part of a run's state."""
 
     stateless = True
 
@@ -228,12 +228,12 @@ def train(build, log_dir, before=None, dies_at=None) -> None:
     if before is not None:
         before(trainer, arguments)
     mark(log_dir, "fit")
-    began = time.monotonic()
+    start = time.monotonic()
     history = trainer.fit(**arguments, resume=True, verbose=0).history
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     write_history(log_dir, history)
-    told = {"seconds": seconds, "events": [dataclasses.astuple(event) for event in saving.events]}
-    _mark(log_dir, "end").write_text(json.dumps(told))
+    report = {"seconds": seconds, "events": [dataclasses.astuple(event) for event in saving.events]}
+    _mark(log_dir, "end").write_text(json.dumps(report))
 
 
 def write_history(log_dir: Path, history: dict[str, list[float]]) -> None:
@@ -268,19 +268,20 @@ class Saving:
         self.events: list[Event] = []
         self._dies_at = dies_at
         self._save = -1
-        module: Any = looplab.checkpoint
-        files: Any = looplab.plain_files
-        files.open = self._open
+        store: Any = looplab.checkpoint.store
+        files: Any = looplab.checkpoint.files
+        self._sync = files.sync
+        files.sync = self._halve
         files.shutil = _With(shutil, rmtree=self._remove)
         files.os = _With(os, fsync=self._before("fsync", os.fsync))
-        module.os = _With(os, rename=self._before("rename", os.rename))
-        write = module.Checkpoints._write
+        store.os = _With(os, rename=self._before("rename", os.rename))
+        write = store.Store._write
 
         def counted(checkpoints, *arguments):
             self._save += 1
             write(checkpoints, *arguments)
 
-        module.Checkpoints._write = counted
+        store.Store._write = counted
 
     def _now(self, kind: str) -> bool:
         """Counts an event; whether the process has to die at it."""
@@ -304,20 +305,12 @@ class Saving:
             _die()
         shutil.rmtree(path, ignore_errors)
 
-    def _open(self, path, mode):
-        file = open(path, mode)  # noqa: SIM115
-        if mode != "xb":
-            return file
-        write = file.write
-
-        def half(content):
-            if self._now("write"):
-                write(memoryview(content)[: len(content) // 2])
-                file.flush()
-                _die()
-            return write(content)
-
-        return _With(file, write=half)
+    def _halve(self, path: Path) -> None:
+        """Flushes a file to disk, or leaves half of it."""
+        if path.is_file() and self._now("write"):
+            os.truncate(path, path.stat().st_size // 2)
+            _die()
+        self._sync(path)
 
 
 class _With:
@@ -329,13 +322,6 @@ class _With:
 
     def __getattr__(self, name):
         return getattr(self._thing, name)
-
-    def __enter__(self):
-        self._thing.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self._thing.__exit__(*error)
 
 
 def _die() -> None:
@@ -351,27 +337,27 @@ def checkpoints(log_dir: Path) -> list[tuple[int, int]]:
     for path in (log_dir / "checkpoints").glob("step-*"):
         files = json.loads((path / "manifest.json").read_text())["files"]
         assert set(files) == {"arrays.safetensors", "state.json"}
-        for name, told in files.items():
+        for name, entry in files.items():
             content = (path / name).read_bytes()
-            assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}, path
+            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}, path
         found.append(tuple(map(int, re.fullmatch(r"step-(\d+)-epoch-(\d+)", path.name).groups())))
     return sorted(found)
 
 
 def steps_seen(log_dir: Path) -> int:
-    """The last step that TensorBoard was told of."""
+    """The last step in the event files."""
     steps, _ = read_scalars(log_dir / "train").get("batch_loss", ([0], []))
     return int(max(steps))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """All that a run has come to, as bytes and exact numbers."""
+    """All results of a run, as bytes and exact numbers."""
 
     newest: tuple[int, int]
     arrays: bytes
     state: dict[str, Any]
-    """All but the names and sizes of event files."""
+    """All but the names and sizes of files."""
     history: dict[str, list[str]]
     points: dict[str, tuple[list[int], bytes]]
 
@@ -385,7 +371,7 @@ class Outcome:
         steps, epochs = checkpoints(log_dir)[-1]
         newest = log_dir / "checkpoints" / f"step-{steps}-epoch-{epochs}"
         state = json.loads((newest / "state.json").read_text())
-        del state["events"]
+        del state["files"]
         points = {
             f"{folder}/{tag}": (numbers.tolist(), values.tobytes())
             for folder in ("train", "validation")
@@ -401,16 +387,16 @@ class Outcome:
 
     @classmethod
     def uninterrupted(cls, build: Callable, log_dir: Path) -> Outcome:
-        """Of a run in one process, from its beginning to its end."""
+        """That of a run in one process, without interruption."""
         child = Child(build, log_dir)
         assert child.wait() == 0, child.stderr()
-        told = json.loads(_mark(log_dir, "end").read_text())
-        events = [Event(*values) for values in told["events"]]
-        return dataclasses.replace(cls.of(log_dir), seconds=told["seconds"], events=events)
+        report = json.loads(_mark(log_dir, "end").read_text())
+        events = [Event(*values) for values in report["events"]]
+        return dataclasses.replace(cls.of(log_dir), seconds=report["seconds"], events=events)
 
 
 def check_same(log_dir: Path, expected: Outcome) -> None:
-    """A run has come to the same bits as another, and has left nothing unfinished."""
+    """Checks that a run ended with the same bits as another, and left nothing unfinished."""
     found = Outcome.of(log_dir)
     assert found.newest == expected.newest
     assert found.history == expected.history

@@ -1,4 +1,4 @@
-"""A disk that is full, or cannot be written to: one clear error, what was saved loads, and with room it goes on.
+"""A disk that is full, or cannot be written to: one clear error, what was saved loads, and with room it resumes.
 
 All of it happens in a small file system in memory, in a mount namespace of its own. With LOOPLAB_FAULTS set it
 tries twenty sizes.
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import keras, numpy as np, tensorflow as tf
 import looplab
-from looplab.checkpoint import Checkpoints
+from looplab.checkpoint.store import Store
 from looplab.testing import read_scalars
 
 with contextlib.suppress(ImportError):
@@ -78,9 +78,9 @@ def restore():
 
 
 def newest():
-    saved, skipped = Checkpoints(run / "checkpoints", looplab.Checkpoint(keep=99)).newest()
+    saved, skipped = Store(run / "checkpoints", looplab.Checkpoint(keep=99)).newest()
     state = saved and saved.load(2**30)
-    return {"skipped": skipped, "steps": saved and state["steps"], "kept": len(list(run.glob("checkpoints/step-*")))}
+    return {"skipped": skipped, "steps": saved and state.state.steps, "kept": len(list(run.glob("checkpoints/step-*")))}
 
 
 def points():
@@ -89,30 +89,30 @@ def points():
 
 
 def child(do):
-    """What a process that does it comes to: its exit status, what it tells, how long it took."""
-    began = time.monotonic()
+    """The outcome of a process that does it: its exit status, what it reports, how long it took."""
+    start = time.monotonic()
     if (pid := os.fork()) == 0:
         os.dup2(os.open(out / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         status = 1
         try:
-            (out / "told").write_text("null")
-            (out / "told").write_text(json.dumps(do()))
+            (out / "report").write_text("null")
+            (out / "report").write_text(json.dumps(do()))
             status = 0
         except BaseException as error:
             traceback.print_exc()
             kind = [base.__name__ for base in type(error).__mro__]
-            (out / "told").write_text(json.dumps({"kind": kind, "message": str(error)}))
+            (out / "report").write_text(json.dumps({"kind": kind, "message": str(error)}))
         sys.stderr.flush()
         os._exit(status)
     while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() - began > 60:
+        if time.monotonic() - start > 60:
             os.kill(pid, 9)
             return {"status": "hangs"}
         time.sleep(0.02)
     status = os.waitstatus_to_exitcode(ended[1])
-    seconds = time.monotonic() - began
-    told = json.loads((out / "told").read_text())
-    return {"status": status, "told": told, "stderr": (out / "stderr").read_text()[-3000:], "seconds": seconds}
+    seconds = time.monotonic() - start
+    report = json.loads((out / "report").read_text())
+    return {"status": status, "report": report, "stderr": (out / "stderr").read_text()[-3000:], "seconds": seconds}
 
 
 def mount(*options):
@@ -152,7 +152,7 @@ CASES = ["enough", *SIZES, "full", "filled", *(["inodes"] if LONG else [])]
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What each case comes to, all from one process."""
+    """The outcome of each case, all from one process."""
     alone = ["unshare", "-Urm"]
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs `unshare` with user namespaces, to mount a small file system")
@@ -166,20 +166,20 @@ def outcomes(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_where_there_is_room_it_comes_to_its_end(outcomes):
+def test_a_run_with_enough_room_completes(outcomes):
     enough = outcomes["enough"]
     assert enough["first"]["status"] == enough["second"]["status"] == 0, enough["first"]["stderr"]
-    assert enough["first"]["told"]["steps"] == 40
-    assert (enough["newest"]["told"]["steps"], enough["newest"]["told"]["kept"]) == (40, 21)
+    assert enough["first"]["report"]["steps"] == 40
+    assert (enough["newest"]["report"]["steps"], enough["newest"]["report"]["kept"]) == (40, 21)
 
 
 def is_one_clear_error(first, reason):
-    """It ended by itself, and what it told names the folder and the reason."""
+    """It ended by itself, and its message names the folder and the reason."""
     assert first["status"] == 1, first
     assert first["seconds"] < 30
-    assert "disk" in first["told"]["message"]
-    assert reason in first["told"]["message"], first["told"]
-    assert {"OSError", "ValueError"} & set(first["told"]["kind"]), first["told"]
+    assert "disk" in first["report"]["message"]
+    assert reason in first["report"]["message"], first["report"]
+    assert {"OSError", "ValueError"} & set(first["report"]["kind"]), first["report"]
 
 
 @pytest.mark.parametrize("case", CASES[1:])
@@ -196,10 +196,10 @@ def test_a_disk_that_cannot_be_written_to_is_one_clear_error(which, outcomes):
 def test_what_was_saved_before_loads(case, outcomes):
     newest = outcomes[str(case)]["newest"]
     assert newest["status"] == 0, newest["stderr"]
-    assert newest["told"]["skipped"] == []
-    kept = newest["told"]["kept"]
+    assert newest["report"]["skipped"] == []
+    kept = newest["report"]["kept"]
     saved = {"enough": 40, "full": 0, "filled": 10}.get(case, 2 * kept)
-    assert (newest["told"]["steps"] or 0) == saved
+    assert (newest["report"]["steps"] or 0) == saved
     if isinstance(case, int):
         assert case // 310 - 1 <= kept <= case // 290  # as many as there was room for
 
@@ -207,18 +207,18 @@ def test_what_was_saved_before_loads(case, outcomes):
 def test_a_checkpoint_on_a_disk_that_cannot_be_written_to_is_restored(outcomes):
     restored = outcomes["enough"]["restore"]
     assert restored["status"] == 0, restored["stderr"]
-    assert restored["told"]["steps"] == 40
+    assert restored["report"]["steps"] == 40
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_with_room_it_goes_on_to_the_same_end(case, outcomes):
+def test_with_room_it_resumes_to_the_same_end(case, outcomes):
     here, enough = outcomes[str(case)], outcomes["enough"]
     second = here["second"]
     assert second["status"] == 0, second["stderr"]
-    assert second["told"]["steps"] == 40
-    assert second["told"]["history"] == enough["first"]["told"]["history"]
+    assert second["report"]["steps"] == 40
+    assert second["report"]["history"] == enough["first"]["report"]["history"]
     assert here["weights"] == enough["weights"]
-    assert here["points"]["told"] == enough["points"]["told"]
+    assert here["points"]["report"] == enough["points"]["report"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ from runs import FAULTS, NETS, Outcome, check_same, checkpoints, write_history
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_a_run_goes_on_from_any_step_to_the_same_bits(net, tmp_path):
+def test_a_run_resumes_from_any_step_to_the_same_bits(net, tmp_path):
     def run(log_dir):
         trainer, arguments = NETS[net](log_dir, every=1, keep=1000)
         write_history(log_dir, trainer.fit(**arguments, resume=True, verbose=0).history)

@@ -1,8 +1,8 @@
 """Files made to harm whoever opens them: none runs code, writes elsewhere, fills the memory or takes long.
 
 Each row of `HOSTILE` spoils the newest checkpoint of a run which has an older good one, with checksums that fit where
-the harm lies deeper. `fit(resume=True)` must then end in one clear `ValueError` with nothing changed, or go on from the
-older one with a warning, to the weights of the run that nothing happened to.
+the harm lies deeper. `fit(resume=True)` must then end in one clear `ValueError` with nothing changed, or resume from
+the older one with a warning, to the weights of an undisturbed run.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import tensorflow as tf
 from keras import layers
 
 import looplab
-from looplab.checkpoint import Checkpoints
+from looplab.checkpoint.store import Store
 
 ARRAYS, STATE, MANIFEST = FILES = ("arrays.safetensors", "state.json", "manifest.json")
 OLDER, NEWEST = "step-4-epoch-1", "step-6-epoch-2"
@@ -99,7 +99,7 @@ def make_trainer(run):
     )
 
 
-def go_on(trainer, callbacks=(), epochs=2):
+def fit_again(trainer, callbacks=(), epochs=2):
     trainer.fit(X, LABELS, batch_size=4, epochs=epochs, callbacks=list(callbacks), resume=True, verbose=0)
 
 
@@ -109,7 +109,7 @@ def saved_run(tmp_path_factory):
     keras.utils.set_random_seed(0)
     run = tmp_path_factory.mktemp("saved") / "run"
     trainer = make_trainer(run)
-    go_on(trainer)
+    fit_again(trainer)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [OLDER, NEWEST]
     return run, trainer.get_weights()
 
@@ -168,7 +168,7 @@ class Place:
         self.write(ARRAYS, struct.pack("<Q", len(text)) + text + data)
 
     def write_first_entry(self, **values):
-        """Changes what the header tells of the first array."""
+        """Changes the header's entry of the first array."""
         header, data = self.header()
         header[next(iter(header))] |= values
         self.write_header(header, data)
@@ -220,13 +220,13 @@ def event_file(place):
 
 
 def event_file_outside(place):
-    """What is cut to the length that the checkpoint tells would be the file that a link leads to."""
+    """Truncating it to the length in the checkpoint would truncate the file that the link leads to."""
     name = str(event_file(place).relative_to(place.run))
     event_file(place).unlink()
     (place.run / name).symlink_to(place.victim)
     for checkpoint in (place.run / "checkpoints").iterdir():
         place.newest = checkpoint
-        place.write_state(events={name: 0})
+        place.write_state(files={name: 0})
     place.newest = place.run / "checkpoints" / NEWEST
 
 
@@ -277,10 +277,7 @@ def device(place, name):
 
 
 def sparse(place, name):
-    if name != MANIFEST:
-        manifest = json.loads((place.newest / MANIFEST).read_text())
-        manifest["files"][name]["bytes"] = 2**40
-        (place.newest / MANIFEST).write_text(json.dumps(manifest))
+    """One that the manifest has with another size, or it would take as long as its checksum."""
     try:
         os.truncate(place.newest / name, 2**40)
     except OSError:
@@ -288,13 +285,15 @@ def sparse(place, name):
 
 
 def sparse_with_header(place):
-    """One array of all that the file has, at the end of a header that tells so."""
-    header, _ = place.header()
-    last = list(header)[-1]
-    begin = header[last]["data_offsets"][0]
-    header[last] = {"dtype": "U8", "shape": [2**39], "data_offsets": [begin, begin + 2**39]}
-    place.write_header(header)
-    sparse(place, ARRAYS)
+    """More than the trainer can have written, with a header and a checksum that fit."""
+    place.write_header({"hole": {"dtype": "U8", "shape": [2**30], "data_offsets": [0, 2**30]}})
+    path = place.newest / ARRAYS
+    os.truncate(path, path.stat().st_size + 2**30)
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = json.loads((place.newest / MANIFEST).read_text())
+    manifest["files"][ARRAYS] = {"bytes": path.stat().st_size, "sha256": checksum}
+    (place.newest / MANIFEST).write_text(json.dumps(manifest))
 
 
 def overlapping(place):
@@ -351,7 +350,7 @@ HOSTILE = {
     },
     "arrays named ../": array_outside,
     "value of an array named ../": lambda place: first_array(place, {"$array": "../../../../outside/victim"}),
-    "event files named ../": lambda place: place.write_state(events={"../../outside/victim": 0, "/etc/passwd": 0}),
+    "event files named ../": lambda place: place.write_state(files={"../../outside/victim": 0, "/etc/passwd": 0}),
     "event file that is a link": event_file_outside,
     "folder of event files that is a link": event_folder_outside,
     "lock that is a link": lock_outside,
@@ -380,7 +379,7 @@ HOSTILE = {
     "FIFO as folder": lambda place: (shutil.rmtree(place.newest), os.mkfifo(place.newest)),
     # Sizes.
     **{f"terabyte of holes as {name}": functools.partial(sparse, name=name) for name in FILES},
-    "terabyte of holes with a header": sparse_with_header,
+    "gigabyte of holes with a header": sparse_with_header,
     **{
         f"header of {value} bytes": functools.partial(length, value=value)
         for value in (0, 1, 2**24, 2**24 + 1, 2**31, 2**63, 2**64 - 1)
@@ -410,6 +409,10 @@ HOSTILE = {
     "shape that is null": lambda place: place.write_first_entry(shape=None),
     "shape of lists": lambda place: place.write_first_entry(shape=[[4, 3]]),
     "dtype that is an object": lambda place: place.write_first_entry(dtype="O"),
+    **{
+        f"dtype {dtype}": lambda place, dtype=dtype: place.write_first_entry(dtype=dtype)
+        for dtype in ("F4", "F8_E5M2", "F64", "C64")
+    },
     "dtype that is a list": lambda place: place.write_first_entry(dtype=["F32"]),
     "offsets below 0": lambda place: place.write_first_entry(data_offsets=[-8, 40]),
     "offsets beyond the end": lambda place: place.write_first_entry(data_offsets=[2**40, 2**40 + 48]),
@@ -437,8 +440,15 @@ HOSTILE = {
     ),
     "manifest of a megabyte": lambda place: (place.newest / MANIFEST).write_bytes(many(b"1", 2**20)),
     "state of 60 MiB of dicts": lambda place: place.write(STATE, many(b"{}", 60 * 2**20)),
+    "state of 30 MiB of dicts": lambda place: place.write(STATE, many(b"{}", 30 * 2**20)),
     "state of 80 MiB": lambda place: place.write(STATE, bytes(80 * 2**20)),
     "header of 15 MiB of dicts": lambda place: place.write_header(b'{"a":' + many(b"{}", 15 * 2**20) + b"}"),
+    **{
+        f"header of {size} MiB of one shape": lambda place, size=size: place.write_header(
+            b'{"a":{"dtype":"U8","data_offsets":[0,1],"shape":' + many(b"1", size * 2**20) + b"}}", b"a"
+        )
+        for size in (15, 90)
+    },
     "number of 60,000 digits in the manifest": functools.partial(manifest_bytes, text="9" * 60_000),
     **{
         f"{text} bytes in the manifest": functools.partial(manifest_bytes, text=text)
@@ -464,6 +474,12 @@ HOSTILE = {
     "value that is no array": lambda place: first_array(place, 3.5),
     "value that is text": lambda place: first_array(place, "array"),
     "value that is not there": lambda place: first_array(place, {"$array": "/variables/nowhere"}),
+    **{
+        f"value of dtype {dtype}": lambda place, dtype=dtype: first_array(
+            place, {"$array": next(iter(place.header()[0])), "dtype": dtype, "scalar": 1}
+        )
+        for dtype in ("float8_e5m2", "object", [1], None)
+    },
     "value named by a list": lambda place: first_array(place, {"$array": [1]}),
     "value that is a tuple of nothing": lambda place: first_array(place, {"$tuple": 5}),
     "value of items that are no pairs": lambda place: first_array(place, {"$items": [[1, 2, 3]]}),
@@ -478,7 +494,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("spoil", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_checkpoint_is_told_or_passed_over_and_harms_nothing(spoil, saved_run, tmp_path):
+def test_a_hostile_checkpoint_is_an_error_or_skipped_and_harms_nothing(spoil, saved_run, tmp_path):
     run, expected = saved_run
     place = Place(tmp_path, run)
     spoil(place)
@@ -486,11 +502,11 @@ def test_a_hostile_checkpoint_is_told_or_passed_over_and_harms_nothing(spoil, sa
     trainer = make_trainer(place.run)
     first = trainer.get_weights()
     error = None
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         try:
             with bounded(place.run):
-                go_on(trainer)
+                fit_again(trainer)
         except Exception as caught:
             error = caught
     place.checks_out()
@@ -500,11 +516,11 @@ def test_a_hostile_checkpoint_is_told_or_passed_over_and_harms_nothing(spoil, sa
         assert str(place.run) in str(error)
         same_weights(trainer, first)
         assert trainer.steps == 0
-    elif not any("Skipped: checkpoint" in str(warning.message) for warning in told):
+    elif not any("Skipped: checkpoint" in str(warning.message) for warning in caught_warnings):
         same_weights(trainer, expected)  # it means nothing
         assert trainer.steps == 6
     else:
-        assert NEWEST in " ".join(str(warning.message) for warning in told)
+        assert NEWEST in " ".join(str(warning.message) for warning in caught_warnings)
         same_weights(trainer, expected)
         assert trainer.steps == 6
 
@@ -531,55 +547,64 @@ def test_where_nothing_good_is_left_it_is_an_error(name, saved_run, tmp_path):
     trainer = make_trainer(place.run)
     first = trainer.get_weights()
     with bounded(), pytest.raises(ValueError, match=f"no checkpoint in {place.newest.parent} is whole"):
-        go_on(trainer)
+        fit_again(trainer)
     place.checks_out()
     assert place.elsewhere() == elsewhere
     same_weights(trainer, first)
 
 
 OF_THE_STATE = {
-    "steps": ["6", None, -1, 1.5, float("nan"), float("inf"), [6]],
-    "epochs": ["2", None, -1, float("nan"), {}],
-    "test_steps": ["0", None, -1, float("inf")],
-    "skipped_steps": ["0", None, [0]],
-    "seed": ["1", None, float("nan"), [1]],
-    "stopped_by": [True, None, ["EarlyStopping"]],
-    "fits_bytes": ["0", None, -1, 1.5],
-    "epochs_asked": ["2", None, -1, float("inf")],
-    "callback_settings": [None, [], {"History": 3}],
-    "appended": [None, 3, [], {"CSVLogger.csv_file": "0"}, {"CSVLogger.csv_file": -1}],
-    "fit": ["0", None, -1, float("nan"), []],
-    "epoch": ["2", None, -1, 10**30, float("nan"), float("inf")],
-    "in_epoch": ["yes", None],
-    "batch": ["0", None, -1, 10**30, float("inf")],
-    "ended": ["yes", None, []],
-    "means": [None, 3, {}, [], {"sums": 3, "weight": 0}, {"sums": {"loss": "a"}, "weight": "b"}],
-    "logs": [None, 3, "loss", [1]],
-    "data": [None, 3, [], "x"],
-    "events": [None, 3, [], "train", {"train": "long"}, {"train": None}],
-    "callbacks": [None, 3, [], "History", {"History": 3}, {"History": ["a"]}],
-    "variables": [None, 3, [], {}, "all", {"a": 3}, {"a": {"name": "b"}}],
+    "state/steps": ["6", None, -1, 1.5, float("nan"), float("inf"), [6]],
+    "state/epochs": ["2", None, -1, float("nan"), {}],
+    "state/test_steps": ["0", None, -1, float("inf")],
+    "state/skipped_steps": ["0", None, [0]],
+    "state/seed": ["missing", "1", None, float("nan"), [1]],
+    "state/fits": ["0", None, -1, float("nan"), []],
+    "state/epoch": ["2", None, -1, 10**30, float("nan"), float("inf")],
+    "state/in_epoch": ["yes", None],
+    "state/progress/batches": ["0", None, -1, 10**30, float("inf")],
+    "state/progress/ended": ["yes", None, []],
+    "state/progress/means": [None, 3, [], {"sums": 3, "weight": 0}, {"sums": {"loss": "a"}, "weight": "b"}],
+    "state/logs": [None, 3, "loss", [1]],
+    "asked/epochs": ["missing", "2", None, -1, float("inf")],
+    "asked/data": ["missing", None, 3, [], "x"],
+    "asked/made_with": ["missing", None, {"optimizer": 3}],
+    "asked/callbacks": ["missing", None, [], {"History": 3}],
+    "stopped_by": ["missing", True, None, ["EarlyStopping"]],
+    "monitored": ["missing", "1", []],
+    "starts": ["missing", None, 3, [], [1], [1, -1], [1, 1, 1]],
+    "files": ["missing", None, 3, [], "train", {"train": "long"}, {"train": None}],
+    "appended": ["missing", None, 3, [], {"CSVLogger.csv_file": "0"}, {"CSVLogger.csv_file": -1}],
+    "callbacks": ["missing", None, 3, [], "History", {"History": 3}, {"History": ["a"]}],
+    "variables": ["missing", None, 3, [], {}, "all", {"a": 3}, {"a": {"name": "b"}}],
 }
+
+
+def replaced(tree, path, value):
+    """A tree with another value at a path, or with none."""
+    name, _, rest = path.partition("/")
+    assert name in tree
+    if value == "missing" and not rest:
+        return {key: inner for key, inner in tree.items() if key != name}
+    return tree | {name: replaced(tree[name], rest, value) if rest else value}
 
 
 @pytest.mark.parametrize("key", OF_THE_STATE)
 def test_a_state_that_lacks_something_or_has_it_of_another_type_changes_nothing(key, saved_run, tmp_path):
     place = Place(tmp_path, saved_run[0])
     good = place.state()
-    assert key in good
     fresh, first, problems = None, None, {}
-    for value in ["missing", *OF_THE_STATE[key]]:
+    for value in OF_THE_STATE[key]:
         place.reset()
         shutil.rmtree(place.run / "checkpoints" / OLDER)
-        state = {name: inner for name, inner in good.items() if name != key}
-        place.write(STATE, json.dumps(state if value == "missing" else {**state, key: value}).encode())
+        place.write(STATE, json.dumps(replaced(good, key, value)).encode())
         if fresh is None:
             fresh = make_trainer(place.run)
             first = fresh.get_weights()
         try:
             with bounded(place.run), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                go_on(fresh)
+                fit_again(fresh)
             outcome = "trained on without a word"
         except ValueError as error:
             outcome = None if str(place.newest) in str(error) else f"ValueError without the checkpoint: {error}"
@@ -600,14 +625,14 @@ def test_a_state_whose_epoch_is_far_off_does_not_take_forever(saved_run, tmp_pat
     trainer = make_trainer(place.run)
     data = tf.data.Dataset.from_tensor_slices((X, LABELS)).batch(4)
     trainer.fit(data, epochs=2, verbose=0)
-    place.write_state(epoch=10**9)
+    place.write_state(state=place.state()["state"] | {"epoch": 10**9})
     trainer = make_trainer(place.run)
     with bounded(), pytest.warns(UserWarning, match=f"Skipped: checkpoint {place.newest} is damaged.*epoch"):
         trainer.fit(data, epochs=2, resume=True, verbose=0)  # from the one before
     assert (trainer.steps, trainer.epochs) == (6, 2)
 
 
-# Callbacks, whose attributes a checkpoint brings back.
+# Callbacks, whose attributes a checkpoint restores.
 
 
 CALLBACKS = {
@@ -619,11 +644,11 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_a_checkpoint_does_not_tell_a_callback_where_to_write(name, saved_run, tmp_path):
+def test_a_checkpoint_does_not_decide_where_a_callback_writes(name, saved_run, tmp_path):
     place = Place(tmp_path, saved_run[0])
     shutil.rmtree(place.run)
     place.run.mkdir()
-    go_on(make_trainer(place.run), [CALLBACKS[name](place.run)])
+    fit_again(make_trainer(place.run), [CALLBACKS[name](place.run)])
     state = place.state()["callbacks"]
     for attribute in ("filepath", "filename", "_filepath"):
         state[name][attribute] = str(place.outside / "victim.weights.h5")
@@ -631,7 +656,7 @@ def test_a_checkpoint_does_not_tell_a_callback_where_to_write(name, saved_run, t
     elsewhere = place.elsewhere()
     with bounded(), warnings.catch_warnings(), contextlib.suppress(ValueError):
         warnings.simplefilter("ignore")
-        go_on(make_trainer(place.run), [CALLBACKS[name](place.run)], epochs=3)
+        fit_again(make_trainer(place.run), [CALLBACKS[name](place.run)], epochs=3)
     assert place.elsewhere() == elsewhere
 
 
@@ -644,7 +669,7 @@ def test_a_checkpoint_does_not_replace_the_methods_of_a_callback(saved_run, tmp_
 
     place = Place(tmp_path, saved_run[0])
     shutil.rmtree(place.run)
-    go_on(make_trainer(place.run), [Counting()])
+    fit_again(make_trainer(place.run), [Counting()])
     state = place.state()["callbacks"]
     state["Counting"] |= {"on_epoch_end": "text", "set_model": 3, "_model": None, "params": 4}
     place.write_state(callbacks=state)
@@ -652,7 +677,7 @@ def test_a_checkpoint_does_not_replace_the_methods_of_a_callback(saved_run, tmp_
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            go_on(make_trainer(place.run), [counting], epochs=3)
+            fit_again(make_trainer(place.run), [counting], epochs=3)
     except Exception as caught:
         error = caught
     assert error is None or (isinstance(error, ValueError) and str(place.newest) in str(error)), repr(error)
@@ -685,10 +710,10 @@ def test_what_has_the_name_of_a_checkpoint_does_not_stop_a_run(thing, where, sav
     trainer = make_trainer(place.run)
     with bounded(place.run), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        go_on(trainer, epochs=3)
+        fit_again(trainer, epochs=3)
     assert trainer.steps == 9
     assert place.elsewhere() == elsewhere
-    saved, skipped = Checkpoints(place.run / "checkpoints", looplab.Checkpoint()).newest()
+    saved, skipped = Store(place.run / "checkpoints", looplab.Checkpoint()).newest()
     assert (saved.path.name, skipped) == ("step-9-epoch-3", [])
 
 
@@ -700,9 +725,9 @@ def test_histories_are_not_written_through_what_has_the_name_of_their_file(thing
     trainer = make_trainer(place.run)
     with bounded(place.run), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        go_on(trainer)
+        fit_again(trainer)
         with pytest.raises(OSError, match=r"fits\.jsonl"):
-            go_on(trainer)
+            fit_again(trainer)
     assert place.elsewhere() == elsewhere
 
 
@@ -744,7 +769,7 @@ def test_a_lambda_layer_in_a_keras_file_is_not_run(saved_run, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
 @pytest.mark.parametrize("kind", ["pickle", "text", "zip with ../"])
-def test_weights_that_are_something_else_are_told(kind, suffix, saved_run, tmp_path):
+def test_files_that_are_no_weights_are_an_error(kind, suffix, saved_run, tmp_path):
     place = Place(tmp_path, saved_run[0])
     path = place.outside / f"hostile{suffix}"
     if kind == "zip with ../":
@@ -799,7 +824,7 @@ def _zip(path, content, *more):
 
 
 @pytest.mark.parametrize("make", DATA.values(), ids=DATA)
-def test_a_hostile_data_file_is_told(make, saved_run, tmp_path):
+def test_a_hostile_data_file_is_an_error(make, saved_run, tmp_path):
     place = Place(tmp_path, saved_run[0])
     folder = tmp_path / "data"
     folder.mkdir()
@@ -854,7 +879,7 @@ def recipe_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("spoil", CONFIGS.values(), ids=CONFIGS)
-def test_a_hostile_configuration_is_told_or_means_nothing(spoil, recipe_run, tmp_path):
+def test_a_hostile_configuration_is_an_error_or_means_nothing(spoil, recipe_run, tmp_path):
     place = Place(tmp_path, recipe_run)
     config = spoil(json.loads((place.run / "config.json").read_text()), place)
     (place.run / "config.json").write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
@@ -868,5 +893,5 @@ def test_a_hostile_configuration_is_told_or_means_nothing(spoil, recipe_run, tmp
         error = caught
     place.checks_out()
     assert place.elsewhere() == elsewhere
-    told = isinstance(error, ValueError) or "has no argument `" in str(error)
-    assert error is None or told, f"{type(error).__name__}: {error}"
+    is_clear = isinstance(error, ValueError) or "has no argument `" in str(error)
+    assert error is None or is_clear, f"{type(error).__name__}: {error}"

@@ -18,7 +18,7 @@ NAMES = list(NETS)
 
 
 @pytest.mark.parametrize("net", NAMES)
-def test_a_killed_run_goes_on_to_the_same_bits(net, uninterrupted, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(net, uninterrupted, tmp_path):
     expected = uninterrupted(net)
     dice = random.Random(f"kills of {net}")
     places = itertools.cycle(in_turn(expected.events, dice, first=NAMES.index(net)))
@@ -31,7 +31,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(net, uninterrupted, tmp_path):
             check_same(log_dir, expected)
             log_dir = next(folders)
         lost.append(check_after_kill(log_dir))
-    assert_goes_on_to(expected, net, log_dir)
+    assert_resumes_to(expected, net, log_dir)
     print(f"{net}: {len(lost)} kills; steps lost at most {max(lost)}, {sum(lost) / len(lost):.1f} on average")
 
 
@@ -49,8 +49,8 @@ def test_ten_kills_in_a_row_of_one_run(net, uninterrupted, tmp_path):
                 break
             check_after_kill(log_dir)
             kills += 1
-        assert_goes_on_to(expected, net, log_dir)
-        if kills == 10:  # else it came to its end before
+        assert_resumes_to(expected, net, log_dir)
+        if kills == 10:  # else it ended before
             return
 
 
@@ -108,7 +108,7 @@ def in_turn(events: list[Event], dice: random.Random, first: int = 0) -> list[Ev
 
 
 def killed(net: str, log_dir, event: Event | None, seconds: float) -> bool:
-    """Goes on with a run until it is killed, at an event or after so many seconds of `fit`; False if it ends before."""
+    """Continues a run until it is killed, at an event or after so many seconds of `fit`; False if it ends before."""
     child = Child(NETS[net], log_dir, dies_at=event)
     if event is None and child.wait_for("fit", ends=True):
         child.kill_after(seconds)
@@ -122,12 +122,12 @@ def check_after_kill(log_dir) -> int:
     """At most one interval is lost, and the steps that ran while one save was written; returns how many steps are."""
     seen = steps_seen(log_dir)
     newest = max([steps for steps, _ in checkpoints(log_dir)], default=0)
-    begun = EVERY * (math.ceil(seen / EVERY) - 1)  # the last save before the last step: it waited for the one before
-    assert newest >= begun - EVERY, f"{seen} steps were done, and {newest} are saved"
+    started = EVERY * (math.ceil(seen / EVERY) - 1)  # the last save before the last step: it waited for the one before
+    assert newest >= started - EVERY, f"{seen} steps were done, and {newest} are saved"
     return seen - newest
 
 
-def assert_goes_on_to(expected, net: str, log_dir) -> None:
+def assert_resumes_to(expected, net: str, log_dir) -> None:
     child = Child(NETS[net], log_dir)
     assert child.wait() == 0, child.stderr()
     assert "Warning" not in child.stderr()

@@ -1,0 +1,168 @@
+"""The state of callbacks: their attributes, their settings, and the files that they append to."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from looplab.checkpoint.tree import is_plain, same
+from looplab.compat import CALLBACK_OWN, set_monitor_op
+from looplab.warn import warn
+
+_HAS_MONITOR_OP = "$monitor_op"  # the function itself cannot be saved
+
+Callbacks = Iterable[keras.callbacks.Callback]
+Attributes = dict[str, dict[str, Any]]
+"""By callback and name."""
+
+
+def by_key(callbacks: Callbacks) -> dict[str, keras.callbacks.Callback]:
+    """Callbacks by class name, the second of a class with `_2`; without looplab's own, which have no state."""
+    found: dict[str, keras.callbacks.Callback] = {}
+    for callback in callbacks:
+        if not getattr(callback, "stateless", False):
+            name = key = type(callback).__name__
+            count = 1
+            while key in found:
+                count += 1
+                key = f"{name}_{count}"
+            found[key] = callback
+    return found
+
+
+def attributes(callbacks: Callbacks) -> Attributes:
+    """Copies of all attributes that a checkpoint can hold (see `tree.is_plain`).
+
+    Of an attribute that is a subclass of dict, such as a `collections.Counter`, the items are saved. A resumed run
+    puts them into the one that the callback has created by the end of its `on_train_begin`.
+    """
+    found: Attributes = {}
+    for key, callback in by_key(callbacks).items():
+        values = {n: dict(v) if isinstance(v, dict) else v for n, v in vars(callback).items() if n not in CALLBACK_OWN}
+        found[key] = {name: copy.deepcopy(value) for name, value in values.items() if is_plain(value)}
+        if callable(getattr(callback, "monitor_op", None)):
+            found[key][_HAS_MONITOR_OP] = True
+    return found
+
+
+def changed(now: Attributes, *before: Attributes) -> Attributes:
+    """The attributes that differ from any of the earlier ones: those that a program sets itself are not saved."""
+
+    def is_new(key: str, name: str, value: Any) -> bool:
+        return any(name not in then.get(key, {}) or not same(value, then[key][name]) for then in before)
+
+    return {key: {n: v for n, v in values.items() if is_new(key, n, v)} for key, values in now.items()}
+
+
+def restore(callbacks: Callbacks, saved: Attributes, checkpoint: Path) -> None:
+    """Sets the saved attributes; warns if the callbacks differ from those saved, and of text that is not restored."""
+    known = by_key(callbacks)
+    if gone := sorted({key for key, values in saved.items() if values} - known.keys()):
+        warn(f"Checkpoint {checkpoint} has the state of {', '.join(gone)}, which was not passed: it is ignored.")
+    if new := sorted(known.keys() - saved.keys()):
+        warn(f"Checkpoint {checkpoint} has no state of {', '.join(new)}: it starts afresh.")
+    for key in [key for key in known if key in saved]:
+        callback, values = known[key], dict(saved[key])
+        if values.pop(_HAS_MONITOR_OP, False) and getattr(callback, "monitor_op", ...) is None:
+            set_monitor_op(callback)  # first, because it changes `min_delta`
+        for name, value in values.items():
+            if name not in CALLBACK_OWN and not callable(getattr(type(callback), name, None)):
+                _set(key, callback, name, value, checkpoint)
+
+
+def _set(key: str, callback: keras.callbacks.Callback, name: str, value: Any, checkpoint: Path) -> None:
+    now = vars(callback).get(name)
+    if isinstance(value, str) and name in _arguments(callback):  # a checkpoint must not decide which file is written
+        if repr(value) != repr(now):
+            warn(
+                f"Checkpoint {checkpoint} has {value[:200]!r} as `{name}` of {key}, which stays {now!r}: text that is "
+                f"also an argument of a callback's `__init__`, such as the name of a file, is not restored. Keep text "
+                f"that changes in an attribute with another name."
+            )
+    elif isinstance(value, dict) and isinstance(now, dict) and type(now) is not dict:
+        now.clear()  # filled again, a Counter or defaultdict keeps its class
+        now.update(value)
+    else:
+        setattr(callback, name, value)
+
+
+def settings(callbacks: Callbacks) -> dict[str, dict[str, str]]:
+    """The arguments that each callback was created with, in words, if it keeps them under their names."""
+    return {
+        key: {n: in_words(v) for n, v in vars(callback).items() if n in _arguments(callback) and is_plain(v)}
+        for key, callback in by_key(callbacks).items()
+    }
+
+
+def _arguments(callback: keras.callbacks.Callback) -> set[str]:
+    """The names of the arguments of `__init__`, also of its base classes."""
+    makers = (vars(kind)["__init__"] for kind in type(callback).__mro__ if "__init__" in vars(kind))
+    return {name for maker in makers for name in inspect.signature(maker).parameters}
+
+
+def config_of(value: Any) -> dict[str, Any]:
+    """The configuration of a Keras object; {} if it has none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return value.get_config()
+    except Exception:  # raised by user code, which Keras would not have called
+        return {}
+
+
+def settings_of(value: Any) -> dict[str, str]:
+    """The class and the configuration of a loss or an optimizer, in words that are the same in another process."""
+    if not hasattr(value, "get_config"):
+        return {"class": in_words(value)}
+    return {"class": type(value).__name__} | {k: in_words(v) for k, v in config_of(value).items() if k != "name"}
+
+
+def in_words(value: Any) -> str:
+    """A setting as text."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):  # without names, which Keras numbers in a process
+        return ", ".join(f"{key}: {in_words(inner)}" for key, inner in value.items() if key != "name")
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(in_words, value))
+    if hasattr(value, "get_config"):
+        return in_words(settings_of(value))
+    return str(value) if is_plain(value) else getattr(value, "__name__", type(value).__name__)
+
+
+def appended(callbacks: Callbacks) -> dict[str, int]:
+    """The length in bytes of each file that a callback holds open for writing, by callback and attribute."""
+    found = {}
+    for name, file in _open_files(callbacks):
+        file.flush()
+        found[name] = os.fstat(file.fileno()).st_size
+    return found
+
+
+def rewind(callbacks: Callbacks, saved: dict[str, int]) -> None:
+    """Truncates the files that callbacks append to, to these lengths."""
+    for name, file in _open_files(callbacks):
+        if name in saved and os.fstat(file.fileno()).st_size > saved[name]:
+            file.truncate(saved[name])
+            file.seek(0, os.SEEK_END)
+
+
+def keep_files(callbacks: Callbacks) -> None:
+    """Makes each `CSVLogger` append to its file, which it would otherwise overwrite."""
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.CSVLogger):
+            callback.append = True
+
+
+def _open_files(callbacks: Callbacks) -> Iterator[tuple[str, Any]]:
+    for key, callback in by_key(callbacks).items():
+        for name, value in vars(callback).items():
+            if isinstance(value, io.IOBase) and not value.closed and value.writable() and value.seekable():
+                yield f"{key}.{name}", value

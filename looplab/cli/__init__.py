@@ -1,0 +1,1 @@
+"""Recipes: run from the command line or Python, resumed, and reported on."""

@@ -1,0 +1,167 @@
+"""The private names of TensorFlow, Keras and Python that looplab uses: a new release can break this file alone."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# Keras
+
+
+def all_layers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layer and all layers inside it; `Model.layers` has only those directly inside."""
+    return list(layer._flatten_layers())
+
+
+def direction(metric: keras.Metric) -> str | None:
+    """Whether "up" or "down" is better; the public API has it only inside `ModelCheckpoint` and `EarlyStopping`."""
+    return getattr(metric, "_direction", None)
+
+
+def set_monitor_op(callback: keras.callbacks.Callback) -> None:
+    """Lets an `EarlyStopping` choose its `monitor_op`, which it does at the end of its first epoch."""
+    callback._set_monitor_op()
+
+
+def trained_by(optimizer: keras.Optimizer) -> list[Any]:
+    """The variables that an optimizer was built for; `optimizer.variables` has only its own."""
+    return optimizer._trainable_variables
+
+
+def learning_rate(optimizer: keras.Optimizer) -> Any:
+    """The learning rate as it was given, which may be a schedule; `optimizer.learning_rate` is its current value."""
+    return getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
+
+
+def takes_logits(loss: Any) -> bool:
+    """Whether a Keras loss has from_logits=True; only `get_config`, which may fail, has it in public."""
+    return bool(getattr(loss, "_fn_kwargs", {}).get("from_logits", False))
+
+
+def is_structure_error(error: Exception) -> bool:
+    """Whether Keras raised an error while it matched losses or metrics with outputs, and not inside one of them."""
+    files = [Path(frame.f_code.co_filename).stem for frame, _ in traceback.walk_tb(error.__traceback__)]
+    _, found, deeper = "/".join(files).rpartition("compile_utils")
+    return bool(found) and {*deeper.split("/")} <= {"", "tree_api", "optree_impl", "dmtree_impl", "ops"}
+
+
+CALLBACK_OWN = ("params", "_model")
+"""The attributes that a `CallbackList` sets on each callback."""
+
+# Python
+
+
+def accept_negative_numbers(parser: argparse.ArgumentParser) -> None:
+    """Lets words such as -1e-3 and -inf be values; argparse takes all but plain decimals for flags."""
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")
+
+
+# TensorFlow
+
+
+def temporary_graph() -> Any:
+    """A graph for a `with` block, in which a replica's step can be traced and forgotten."""
+    return tf.__internal__.FuncGraph("temporary")
+
+
+def is_function_graph(graph: Any) -> bool:
+    """Whether a graph is that of a `tf.function`; those of branches and loops are of subclasses."""
+    return type(graph).__name__ == "FuncGraph"
+
+
+def of_one_replica(spec: Any) -> Any:
+    """The signature of what the first replica gets of a distributed value."""
+    return spec._value_specs[0] if hasattr(spec, "_value_specs") else spec
+
+
+def parents(dataset: tf.data.Dataset) -> list[tf.data.Dataset]:
+    """The datasets that a dataset reads."""
+    return list(dataset._inputs())
+
+
+def dataset_seeds(dataset: tf.data.Dataset) -> tuple[Any, Any]:
+    """The two seeds of a dataset that shuffles or draws, both 0 if it has none; None for any other."""
+    return getattr(dataset, "_seed", None), getattr(dataset, "_seed2", None)
+
+
+def dataset_function(dataset: tf.data.Dataset) -> Any:
+    """The traced function of `map` and its relatives; None for any other dataset."""
+    return getattr(getattr(dataset, "_map_func", None), "function", None)
+
+
+def draws_anew(dataset: tf.data.Dataset) -> bool:
+    """Whether this dataset itself gives another order in each iteration."""
+    return any(getattr(dataset, name, None) for name in ("_reshuffle_each_iteration", "_rerandomize"))
+
+
+def read_only_inputs(operation: tf.Operation) -> Collection[int]:
+    """Which resources an operation with branches or a body only reads, as TensorFlow's own control flow records it."""
+    try:
+        return operation.get_attr("_read_only_resource_inputs")
+    except ValueError:
+        return ()
+
+
+EAGER_VARIABLE = {"experimental_enable_variable_lifting": False}
+"""Lets a variable be created outside the graph while a function is traced."""
+
+
+class Hooks:
+    """`with hooks:` replaces methods of a class, in all threads, until the last block ends.
+
+    Keras and TensorFlow have no public way to observe these calls.
+
+    Args:
+        base: The class.
+        wrappers: By method name, `wrapper(method, self, *args, **kwargs)`, which is called instead.
+        subclasses: Whether to replace the methods of all subclasses as well.
+    """
+
+    def __init__(self, base: type, wrappers: dict[str, Callable[..., Any]], subclasses: bool = False):
+        self._base = base
+        self._wrappers = wrappers
+        self._subclasses = subclasses
+        self._lock = threading.Lock()
+        self._users = 0
+        self._originals: dict[tuple[type, str], Any] = {}
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            for owner in _with_subclasses(self._base) if self._subclasses else [self._base]:
+                for name in self._wrappers.keys() & vars(owner).keys():
+                    if (owner, name) not in self._originals:
+                        original = self._originals[owner, name] = vars(owner)[name]
+                        setattr(owner, name, _wrapped(self._wrappers[name], original))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                for (owner, name), original in self._originals.items():
+                    setattr(owner, name, original)
+                self._originals.clear()
+
+
+def _with_subclasses(base: type) -> Iterator[type]:
+    yield base
+    subclasses: list[type] = type.__subclasses__(base)
+    for subclass in subclasses:
+        yield from _with_subclasses(subclass)
+
+
+def _wrapped(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    return method

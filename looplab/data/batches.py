@@ -1,0 +1,267 @@
+"""What users pass as data, as batches whose order is a function of the seed and the epoch."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from looplab.data.arrays import is_arrays, leaves, to_arrays, unpack
+from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
+from looplab.warn import warn
+
+_BUFFER = 4  # batches that are prepared while the graph computes
+
+
+@dataclasses.dataclass
+class _Iterations:
+    """How often a dataset was iterated over: in this process, and in the run that this process continues."""
+
+    in_process: int = 0
+    in_run: int = 0
+
+
+_iterations: weakref.WeakKeyDictionary[tf.data.Dataset, _Iterations] = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Data as batches, epoch after epoch."""
+
+    name: str
+    """What errors call it."""
+    start: Callable[..., tf.data.Dataset]
+    """`start(epoch, batch=0)`: the batches of that epoch, from that batch; both count from 0."""
+    steps: int | None
+    """Batches in an epoch; None if only the end of the data shows it."""
+    continues: bool
+    """Whether one iterator runs through all epochs; otherwise each epoch has its own."""
+    described: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What a resumed run must not change, as JSON holds it."""
+    element_spec: Any = None
+    """The signature of a batch."""
+    arrays: Any = None
+    """x, (x, y) or (x, y, sample_weight), if they were passed as arrays."""
+    unseeded: str = ""
+    """What is random in it without a seed; "" if nothing is."""
+    dataset: tf.data.Dataset | None = None
+    """The user's dataset, if it shuffles in each iteration."""
+    draws_as_read: bool = False
+    """Whether an iteration draws as many orders of `dataset` as it reads of it, which nobody counts."""
+
+    @property
+    def starts(self) -> int:
+        """How often the run has iterated over its dataset, if that shuffles in each iteration."""
+        return 0 if self.dataset is None else _iterations.get(self.dataset, _Iterations()).in_run
+
+    def iterate(self, epoch: int, batch: int = 0) -> Iterator:
+        """An iterator over `start(epoch, batch)`, in the order that it has in this run."""
+        if self.dataset is not None:
+            count = _iterations.setdefault(self.dataset, _Iterations())
+            self._skip(self.dataset, count.in_run - count.in_process)
+            count.in_run = count.in_process = count.in_run + 1
+        return iter(self.start(epoch, batch))
+
+    def _skip(self, dataset: tf.data.Dataset, iterations: int) -> None:
+        """Brings its dataset to the order that it has after some iterations; warns if that is impossible."""
+        if iterations and self.draws_as_read:
+            warn(
+                f"`{self.name}` shuffles in each iteration and is not read to its end, so a resumed run cannot restore "
+                f"its order: pass reshuffle_each_iteration=False to `shuffle`."
+            )
+            return
+        for _ in range(iterations):
+            skipped = iter(dataset)
+            if not draws_at_start(dataset):
+                collections.deque(skipped, maxlen=0)
+
+    def resume(self, starts: int) -> None:
+        """Lets the next iteration continue a run that has iterated over its dataset `starts` times.
+
+        Raises:
+            ValueError: This process has iterated over it more often.
+        """
+        if self.dataset is not None:
+            count = _iterations.setdefault(self.dataset, _Iterations())
+            if count.in_process > starts:
+                raise ValueError(
+                    f"`{self.name}` is a dataset that shuffles in each iteration, and this process has already used "
+                    f"the order that the resumed run needs. Create the dataset again, or pass "
+                    f"reshuffle_each_iteration=False to `shuffle`."
+                )
+            count.in_run = starts
+
+
+def from_arguments(
+    name: str,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    batch_size: int | None = None,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    steps: int | None = None,
+    training_from: int | None = None,
+    strategy: tf.distribute.Strategy,
+) -> Batches:
+    """Batches from arrays, from a `tf.data.Dataset`, or from a function of the epoch that returns one.
+
+    Args:
+        name: What errors call `x`: "x" or "validation_data".
+        batch_size: That of arrays; 32 by default.
+        steps: Batches in an epoch; by default as many as there are.
+        training_from: The first epoch of a training. With `steps`, its data continues in the next epoch where it
+            stopped, and starts again at its end. None: the data is for one evaluation, and ends at its end.
+
+    Raises:
+        TypeError: `x` is none of these.
+        ValueError: The parts differ in length, are empty, or do not belong together.
+    """
+    training = training_from is not None
+    if is_arrays(x):
+        arrays = to_arrays(name, x, y, sample_weight)
+        batches = _from_arrays(name, arrays, batch_size or 32, bool(shuffle), seed, steps, training)
+    else:
+        for other, value in {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}.items():
+            if value is not None:
+                raise ValueError(
+                    f"`{other}` must not be given if `{name}` is a dataset; `{name}` is a {type(x).__name__}. "
+                    f"Let the dataset's elements be batches: x, (x, y) or (x, y, sample_weight)."
+                )
+        source = _from_dataset if isinstance(x, tf.data.Dataset) else _from_function
+        batches = source(name, x, steps, training)
+
+    first_epoch = training_from or 0
+    plain = batches.start(first_epoch, 0)
+    first = strategy.experimental_distribute_dataset(plain)
+
+    def start(epoch: int, batch: int = 0) -> tf.data.Dataset:
+        if (epoch, batch) == (first_epoch, 0):
+            return first
+        return strategy.experimental_distribute_dataset(batches.start(epoch, batch))
+
+    return dataclasses.replace(
+        batches,
+        start=start,
+        described={"signature": str(first.element_spec), **batches.described, "steps_per_epoch": batches.steps},
+        element_spec=first.element_spec,
+        unseeded=find_unseeded(plain),
+    )
+
+
+def changes(before: Any, after: Any) -> str:
+    """Describes where two signatures of a batch differ."""
+    names = ("x", "y", "sample_weight")
+    parts = [dict(zip(names, unpack(signature), strict=True)) for signature in (before, after)]
+    if tf.nest.map_structure(lambda _: 0, parts[0]) != tf.nest.map_structure(lambda _: 0, parts[1]):
+        return f"a batch was {before}, and is {after}"
+    return "; ".join(
+        f"`{'.'.join(map(str, path))}` was {old.shape} {old.dtype.name}, and is {new.shape} {new.dtype.name}"
+        for (path, old), (_, new) in zip(*map(keras.tree.flatten_with_path, parts), strict=True)
+        if old != new
+    )
+
+
+def _from_arrays(
+    name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None, training: bool
+) -> Batches:
+    distinct = {id(leaf): leaf for leaf in leaves(arrays)}  # an auto-encoder's x is its y: it is held and gathered once
+    tensors = {
+        key: tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for key, leaf in distinct.items()
+    }
+    n = next(iter(distinct.values())).shape[0]
+    per_pass = math.ceil(n / batch_size)
+    length = steps or per_pass
+
+    def one_pass(number: tf.Tensor) -> tf.data.Dataset:
+        """The rows of each batch of one pass over the data."""
+        rows = tf.range(n, dtype=tf.int64)
+        if shuffle:
+            rows = tf.random.experimental.stateless_shuffle(rows, tf.stack([tf.constant(seed, tf.int64), number]))
+        return tf.data.Dataset.range(0, n, batch_size).map(lambda first: rows[first : first + batch_size])
+
+    def gather(rows: tf.Tensor) -> Any:
+        gathered = {key: tf.gather(tensor, rows) for key, tensor in tensors.items()}
+        return tf.nest.map_structure(lambda leaf: gathered.get(id(leaf)), arrays)
+
+    def start(epoch: int, batch: int) -> tf.data.Dataset:
+        first_pass, first_batch = divmod(epoch * length + batch, per_pass)
+        rows = tf.data.Dataset.range(first_pass, tf.int64.max).flat_map(one_pass).skip(first_batch)
+        options = tf.data.Options()
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+        options.experimental_optimization.apply_default_optimizations = False  # they would copy the arrays
+        options.autotune.enabled = False
+        return rows.map(gather).prefetch(_BUFFER).with_options(options)
+
+    described = {"examples": n, "batch_size": batch_size, "shuffle": shuffle}
+    return Batches(name, start, length if training else min(length, per_pass), True, described, arrays=arrays)
+
+
+def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:
+    size = _size(name, dataset, steps)
+    continues = steps is not None and training
+    if steps is None:
+        source, per_epoch = dataset, 0
+    else:
+        source, per_epoch = (dataset.repeat(), steps) if training else (dataset.take(steps), 0)
+    return Batches(
+        name,
+        start=lambda epoch, batch: source.skip(epoch * per_epoch + batch),
+        steps=steps or size,
+        continues=continues,
+        dataset=dataset if reshuffles(dataset) else None,
+        draws_as_read=continues or (steps is not None and not draws_at_start(dataset)),
+    )
+
+
+def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None, training: bool) -> Batches:
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError as error:
+        raise TypeError(f"`{name}` is a function, which must take only the epoch: {error}.") from error
+    last: tuple[int, Any] = (-1, None)
+
+    def start(epoch: int, batch: int) -> tf.data.Dataset:
+        nonlocal last
+        dataset = function(epoch)
+        if not isinstance(dataset, tf.data.Dataset):
+            raise TypeError(
+                f"`{name}` is a function of the epoch, which must return a `tf.data.Dataset`; "
+                f"for epoch {epoch} it returned {type(dataset).__name__}."
+            )
+        _size(name, dataset, steps)
+        if dataset is last[1] and epoch != last[0] and reshuffles(dataset):
+            raise ValueError(
+                f"`{name}` returned one dataset for the epochs {last[0]} and {epoch}, which shuffles in each "
+                f"iteration: create it within the function, as with `shuffle(1000, seed=epoch)`."
+            )
+        last = epoch, dataset
+        if steps is not None:
+            dataset = (dataset.repeat() if training else dataset).take(steps)
+        return dataset.skip(batch)
+
+    return Batches(name, start, steps, False)  # without `steps`, epochs may differ in length
+
+
+def _size(name: str, dataset: tf.data.Dataset, steps: int | None) -> int | None:
+    """The number of batches in a dataset, None if that is unknown.
+
+    Raises:
+        ValueError: There are none, or there is no end.
+    """
+    size = int(dataset.cardinality())
+    if size == 0:
+        raise ValueError(f"`{name}` is an empty dataset. Pass at least one batch.")
+    if steps is None and size == tf.data.INFINITE_CARDINALITY:
+        argument = "steps_per_epoch" if name == "x" else "validation_steps"
+        raise ValueError(f"`{name}` is an endless dataset: pass as `{argument}` how many batches an epoch has.")
+    return size if size > 0 else None

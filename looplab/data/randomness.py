@@ -1,0 +1,61 @@
+"""What is random in a dataset or a graph, and whether a resumed run can restore it."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from looplab.compat import dataset_function, dataset_seeds, draws_anew, parents
+
+# Kernels that keep a counter of their own; stateless kernels and those of `tf.random.Generator` do not.
+_UNSAVED_RANDOM = {
+    *("RandomStandardNormal", "RandomUniform", "RandomUniformInt", "TruncatedNormal", "ParameterizedTruncatedNormal"),
+    *("RandomShuffle", "RandomGamma", "RandomPoisson", "RandomPoissonV2", "Multinomial"),
+    *("SampleDistortedBoundingBox", "SampleDistortedBoundingBoxV2", "RandomCrop"),
+}
+# Inside a dataset, no checkpoint holds the state of a generator.
+_COUNTING = {"RngReadAndSkip", "RngSkip", "AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
+
+
+def find_unseeded(dataset: tf.data.Dataset) -> str:
+    """What is random in a dataset without a seed; "" if nothing is."""
+    for parent in parents(dataset):
+        if found := find_unseeded(parent):
+            return found
+    kind = type(dataset).__name__.strip("_").removesuffix("Dataset").lower()
+    if all(seed is not None and int(seed) == 0 for seed in dataset_seeds(dataset)):
+        return f"`{kind}` without a `seed`"
+    function = dataset_function(dataset)
+    if function is None:
+        return ""
+    operations = function.graph.get_operations()
+    shuffles = [operation for operation in operations if operation.type.startswith("ShuffleDataset")]
+    if any(tf.get_static_value(seed) == 0 for shuffle in shuffles for seed in shuffle.inputs[2:3]):
+        return f"`shuffle` without a `seed` in `{kind}`"
+    counting = [operation.type for operation in operations if operation.type in _COUNTING]
+    return next((f"{found} in `{kind}`" for found in [*random_operations(function.graph), *counting]), "")
+
+
+def reshuffles(dataset: tf.data.Dataset) -> bool:
+    """Whether each iteration may have another order."""
+    return draws_anew(dataset) or _reads_captured(dataset) or any(map(reshuffles, parents(dataset)))
+
+
+def draws_at_start(dataset: tf.data.Dataset) -> bool:
+    """Whether creating an iterator draws the whole order, even if nobody reads it; otherwise reading draws orders."""
+    kind = type(dataset).__name__.strip("_")
+    if _reads_captured(dataset) or kind in ("RepeatDataset", "CacheDataset") or len(parents(dataset)) > 1:
+        return not reshuffles(dataset)
+    return all(map(draws_at_start, parents(dataset)))
+
+
+def _reads_captured(dataset: tf.data.Dataset) -> bool:
+    """Whether its function returns datasets that were created outside of it."""
+    function = dataset_function(dataset)
+    return function is not None and any(tensor.dtype == tf.variant for tensor in function.captured_inputs)
+
+
+def random_operations(graph: tf.Graph) -> list[str]:
+    """The types of a graph's operations whose random numbers no saved variable determines."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return sorted({node.op for node in nodes if node.op in _UNSAVED_RANDOM})

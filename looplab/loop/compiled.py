@@ -1,0 +1,289 @@
+"""Turns one step into one graph call that runs up to K steps and returns the logs of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from looplab.compat import of_one_replica, temporary_graph
+from looplab.loop.context import recording
+from looplab.loop.graphs import Copies, captured, releasable, trace, written_variables
+from looplab.loop.step import Meaning, StepLogs
+from looplab.summaries.writer import image_content
+
+
+class CallLogs(NamedTuple):
+    """What one graph call returns about the steps that it ran."""
+
+    done: int
+    """How many steps it ran: fewer than asked for at the end of the data, after a fault, or once `stop` is set."""
+    weights: np.ndarray
+    """float64, shape (done,): how many examples the batch of each step had."""
+    scalars: dict[str, np.ndarray]
+    """float64, shape (done,), by name: wide enough to hold each float32 and int32 exactly."""
+    images: list[tuple[int, str, list[bytes]]]
+    """(index of the step in this call, name, its images as `image_content` returns them)."""
+    faults: np.ndarray
+    """int, shape (done,): 0, or the code of each step's fault."""
+    batch: Any
+    """An optional of the last step's batch, or of nothing at the end of the data."""
+    outputs: Any = None
+    """Of a prediction: what the step returned."""
+
+    def first(self, steps: int) -> CallLogs:
+        """The logs of the first steps alone."""
+        scalars = {name: values[:steps] for name, values in self.scalars.items()}
+        images = [image for image in self.images if image[0] < steps]
+        return self._replace(
+            done=steps, weights=self.weights[:steps], scalars=scalars, images=images, faults=self.faults[:steps]
+        )
+
+
+class Rollback(NamedTuple):
+    """How to undo what a step with a fault has changed."""
+
+    kept: Callable[[], Sequence[Any]]
+    """Returns the variables whose values are kept before a step."""
+    changed: Callable[[], Sequence[Any]]
+    """Returns, after a step, the variables that it may have changed although it has a fault."""
+    clear: Callable[[], None]
+    """Forgets the fault."""
+
+
+class Compiled:
+    """A step as a graph call that runs up to K steps and returns the logs of each.
+
+    The step is traced once, when the object is created, and called from a `while` loop in the graph. There, K is a
+    tensor: one trace serves every K, and every K gives the same bits. Creating the object creates all variables that
+    the step creates, and runs nothing.
+
+    Args:
+        step: What one replica does with its part of a batch.
+        element_spec: The signature of a batch, as `tf.data` gives it.
+        image_every: By image name, n: an image is written at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
+        strategy: Where the step runs. The replicas' scalars are averaged, weighted by their numbers of examples.
+        rollback: Restores variables after a step with a fault.
+        read_only: Whether the step changes copies of the variables that it would change: see `copies`.
+        stop: A bool variable: once it is true, the running step is the last one.
+        jit_compile: Whether XLA compiles the step.
+        run_eagerly: Whether Python runs the step line by line, for debugging.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Any], StepLogs],
+        element_spec: Any,
+        image_every: dict[str, int],
+        strategy: tf.distribute.Strategy,
+        rollback: Rollback,
+        stop: tf.Variable,
+        read_only: bool = False,
+        jit_compile: bool = False,
+        run_eagerly: bool = False,
+    ):
+        self.element_spec = element_spec
+        self.eager = run_eagerly
+        self.meaning = Meaning({}, frozenset(), frozenset())
+        """What the scalars are, once the step has run or was traced."""
+        self.names: list[str] = []
+        """Of the scalars, once the step has run or was traced."""
+        self.unkept: list[Any] = []
+        """Variables that must be restored after a fault, and whose values were not kept."""
+        self._image_names: list[str] = []
+        self._step = step
+        self._image_every = image_every
+        self._strategy = strategy
+        self._rollback = rollback
+        self._stop = stop
+        self._traced: Callable | None = None
+        with recording():
+            if strategy.num_replicas_in_sync > 1:
+                self._create_variables()
+            if not run_eagerly:
+                self._one_step = trace(self._whole_step, element_spec, jit_compile=jit_compile)
+        self.copies = Copies(self._one_step if read_only and not run_eagerly else None)
+        """What a step changes that only reads."""
+
+    @property
+    def written(self) -> list[tf.Variable]:
+        """The variables that the graph of one step may change, in the order in which the step uses them."""
+        if self.eager:
+            return []
+        return [original for original, _ in self.copies.pairs] or written_variables(self._one_step)
+
+    @property
+    def used(self) -> list[tf.Variable]:
+        """The variables that the graph of one step uses, in that order."""
+        return [] if self.eager else captured(self._one_step)
+
+    @property
+    def graph(self) -> tf.Graph | None:
+        """The graph of one step; None in eager mode."""
+        return None if self.eager else self._one_step.graph
+
+    def __call__(self, iterator: Any, steps: int, first: int, faulty: int = 0, most_faulty: int = 0) -> CallLogs:
+        """Runs up to `steps` steps on the batches of `iterator`.
+
+        Args:
+            iterator: Of batches.
+            steps: How many steps.
+            first: The number of the first of them, from 1.
+            faulty: How many steps in a row before had a fault.
+            most_faulty: How many steps in a row may have a fault: one more is the last step.
+        """
+        numbers = (tf.constant(number, tf.int32) for number in (steps, faulty, most_faulty))
+        arguments = iterator, tf.constant(first, tf.int64), *numbers
+        if self.eager:
+            with recording():
+                rows, pictures, batch = self._call(*arguments)
+        else:
+            if self._traced is None:
+                self._traced = tf.function(self._call).get_concrete_function(*arguments)
+            rows, pictures, batch = self._traced(*arguments)
+        table = rows.numpy().reshape(-1, 2 + len(self.names))  # without a step there are no columns
+        images = [
+            (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
+            for index, row in enumerate(pictures.numpy())
+            for name, cell in zip(self._image_names, row, strict=True)
+            if cell
+        ]
+        weights, faults, *columns = table.T
+        scalars = dict(zip(self.names, columns, strict=True))
+        return CallLogs(len(table), weights, scalars, images, faults.astype(int), batch)
+
+    def _create_variables(self) -> None:
+        """Runs the step in a graph that is then dropped; the variables that Keras created remain.
+
+        `tf.function` lets a step create variables, but not variables with a copy on each replica.
+        """
+        with releasable, temporary_graph().as_default():
+            signature = tf.nest.map_structure(of_one_replica, self.element_spec)
+            batch = tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), signature)
+            self._strategy.run(self._step, (batch,))
+
+    def _whole_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
+        """One step on all replicas: the number of examples, float64 means weighted by it, images, and the fault."""
+        before = {id(variable): tf.convert_to_tensor(variable) for variable in self._rollback.kept()}
+
+        def replica_step(batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
+            logs = self._step(batch)
+            self.names, self._image_names, self.meaning = list(logs.scalars), list(logs.images), logs.meaning
+            # In float64, the product with a count and the quotient are exact: the float32 of a single replica comes
+            # back unchanged. Sums, because in a smaller last batch a replica may have no rows, and then no mean.
+            with tf.name_scope("logs"):
+                weight = tf.cast(logs.weight, tf.float64)
+                sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
+                sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
+            return weight, sums, logs.images, logs.fault
+
+        try:
+            weight, sums, images, fault = self._strategy.run(replica_step, (batch,))
+        except Exception:
+            if self.eager:  # what the step changed before it failed
+                _restore(self._rollback.kept(), before)
+            raise
+        with tf.name_scope("logs"):
+            total = self._strategy.reduce("SUM", weight, axis=None)
+            means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
+            fault = self._worst(fault)
+        images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
+        changed = self._rollback.changed()
+        self.unkept = [variable for variable in changed if id(variable) not in before]
+
+        def undo() -> None:
+            _restore(changed, before)
+            self._rollback.clear()
+
+        tf.cond(tf.equal(fault, 0), lambda: None, undo)
+        return total, means, images, fault
+
+    def _worst(self, codes: Any) -> tf.Tensor:
+        """Of the replicas' codes the lowest if one is negative, else the highest."""
+        values = self._strategy.experimental_local_results(codes)
+        if len(values) == 1:
+            return values[0]
+        values = tf.stack(values)
+        return tf.where(tf.reduce_any(values < 0), tf.reduce_min(values), tf.reduce_max(values))
+
+    def _call(self, iterator, first, steps, faulty, most_faulty):
+        """The loop around the step: a graph, or in eager mode run by Python."""
+        size = 0 if self.eager else steps
+        step = self._whole_step if self.eager else self._one_step
+        row_shape = None if self.eager else (2 + len(self.names),)
+        picture_shape = None if self.eager else (len(self._image_names),)
+        rows = tf.TensorArray(tf.float64, size, dynamic_size=self.eager, element_shape=row_shape)
+        pictures = tf.TensorArray(tf.string, size, dynamic_size=self.eager, element_shape=picture_shape)
+        done, continues = tf.constant(0), tf.constant(True)
+        batch = iterator.get_next_as_optional()
+        while continues & batch.has_value():
+            weight, scalars, images, fault = step(batch.get_value())
+            values = [weight, _wide(fault), *(scalars[name] for name in self.names)]
+            rows = rows.write(done, tf.stack(values))
+            pictures = pictures.write(done, self._encoded(images, first + tf.cast(done, tf.int64)))
+            done += 1
+            faulty = tf.where(fault > 0, faulty + 1, 0)
+            with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
+                stops = tf.convert_to_tensor(self._stop)
+            continues = (done < steps) & (fault >= 0) & (faulty <= most_faulty) & ~stops
+            if continues:  # otherwise the next call would lack a batch, and an error the faulty one
+                batch = iterator.get_next_as_optional()
+        return rows.stack()[:done], pictures.stack()[:done], batch
+
+    def _encoded(self, images: dict[str, tf.Tensor], number: tf.Tensor) -> tf.Tensor:
+        """For each image name, a string: the images if they are due at this step, else ""."""
+        cells = []
+        for name in self._image_names:
+            image = images[name]
+            due = tf.equal((number - 1) % self._image_every[name], 0)
+            cells.append(tf.cond(due, lambda image=image: tf.io.serialize_tensor(image_content(image)), lambda: ""))
+        return tf.stack(cells) if cells else tf.zeros((0,), tf.string)
+
+
+class Predictor:
+    """A prediction step as a graph call for one batch.
+
+    Args:
+        step: What one replica does with its part of a batch.
+        element_spec: The signature of a batch.
+        strategy: Where the step runs.
+        jit_compile, run_eagerly: As for `Compiled`.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Any], Any],
+        element_spec: Any,
+        strategy: tf.distribute.Strategy,
+        jit_compile: bool,
+        run_eagerly: bool,
+    ):
+        self.element_spec = element_spec
+        self.eager = run_eagerly
+        self.meaning = Meaning({}, frozenset(), frozenset())
+
+        def whole_step(batch: Any) -> Any:
+            return strategy.run(step, (batch,))
+
+        self._call = whole_step if run_eagerly else trace(whole_step, element_spec, jit_compile=jit_compile)
+        self.copies = Copies(None if run_eagerly else self._call)
+
+    def __call__(self, iterator: Any, *_: int) -> CallLogs:
+        """Runs the step on the next batch."""
+        batch = iterator.get_next_as_optional()
+        if not batch.has_value():
+            return CallLogs(0, np.zeros(0), {}, [], np.zeros(0, int), batch)
+        outputs = self._call(batch.get_value())
+        return CallLogs(1, np.ones(1), {}, [], np.zeros(1, int), batch, outputs)
+
+
+def _restore(variables: Sequence[Any], before: dict[int, tf.Tensor]) -> None:
+    for variable in variables:
+        if id(variable) in before:
+            variable.assign(before[id(variable)])
+
+
+def _wide(value: tf.Tensor) -> tf.Tensor:
+    return tf.cast(value, tf.float64)

@@ -1,0 +1,106 @@
+"""The step that runs in this thread, and the calls of Keras objects that it records."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from looplab.compat import Hooks
+from looplab.loop.guard import Guard
+from looplab.loop.losses import Ledger
+from looplab.loop.metrics import StepMetrics
+
+_thread = threading.local()  # .step: with several replicas, each runs its step in a thread of its own
+
+
+class Step:
+    """What one replica records while it runs a step.
+
+    Args:
+        kind: "train", "test" or "predict".
+        guard: What is wrong with the step goes here.
+        metrics: What the step does with metrics; None leaves them to Keras.
+        image_every: By image name, how often it is due; filled by `log_image`.
+    """
+
+    def __init__(self, kind: str, guard: Guard, metrics: StepMetrics | None, image_every: dict[str, int]):
+        self.kind = kind
+        self.guard = guard
+        self.metrics = metrics
+        self.image_every = image_every
+        self.ledger = Ledger()
+        self.graph = tf.compat.v1.get_default_graph()
+        self.scalars: dict[str, tf.Tensor] = {}
+        """By name, what the step logs in addition to what it returns."""
+        self.images: dict[str, tf.Tensor] = {}
+        self.rows: tf.Tensor | int = 1
+        """How many examples this replica has; 1 where it may have none, because other replicas have some."""
+        self.is_guarded = False
+        """Whether `minimize` has checked the step's numbers."""
+        self.inspect: Callable[[Any, Any, Any, Any], tuple[Any, Any]] | None = None
+        """Maps a Keras loss, its target, output and weight to the target and the weight that the loss gets."""
+
+
+def current() -> Step | None:
+    """The step that runs in this thread, if any."""
+    return getattr(_thread, "step", None)
+
+
+@contextlib.contextmanager
+def running(step: Step) -> Iterator[Step]:
+    """Makes a step the current one of this thread."""
+    before, _thread.step = current(), step
+    try:
+        yield step
+    finally:
+        _thread.step = before
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Lets running steps record what Keras layers, metrics and losses do; other threads are not affected."""
+    with _layers, _metrics, _losses:
+        yield
+
+
+def _add_loss(add_loss: Callable[..., None], layer: keras.Layer, loss: Any) -> None:
+    add_loss(layer, loss)
+    if step := current():
+        step.ledger.record(layer, loss)
+
+
+def _update_state(update_state: Callable[..., Any], metric: keras.Metric, *args: Any, **kwargs: Any) -> Any:
+    step, update = current(), functools.partial(update_state, metric, *args, **kwargs)
+    return update() if step is None or step.metrics is None else step.metrics.update(metric, update)
+
+
+def _result(result: Callable[..., Any], metric: keras.Metric) -> Any:
+    step, compute = current(), functools.partial(result, metric)
+    return compute() if step is None or step.metrics is None else step.metrics.result(metric, compute)
+
+
+def _reset_state(reset_state: Callable[..., Any], metric: keras.Metric) -> Any:
+    step, reset = current(), functools.partial(reset_state, metric)
+    return reset() if step is None or step.metrics is None else step.metrics.reset(metric, reset)
+
+
+def _call_loss(call: Callable[..., Any], loss: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+    step = current()
+    if step is not None and step.inspect is not None:
+        y_true, sample_weight = step.inspect(loss, y_true, y_pred, sample_weight)
+    return call(loss, y_true, y_pred, sample_weight)
+
+
+_layers = Hooks(keras.Layer, {"add_loss": _add_loss})
+_metrics = Hooks(
+    keras.Metric,
+    {"update_state": _update_state, "result": _result, "reset_state": _reset_state},
+    subclasses=True,
+)
+_losses = Hooks(keras.Loss, {"__call__": _call_loss})

@@ -1,0 +1,287 @@
+"""One pass over data, as one graph call after another: an epoch of training, an evaluation or a prediction."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import keras
+import tensorflow as tf
+
+from looplab.callbacks import hooked_to_batches
+from looplab.data.arrays import unpack
+from looplab.data.batches import Batches, from_arguments
+from looplab.loop import step_checks
+from looplab.loop.compiled import CallLogs
+from looplab.loop.errors import raise_own
+from looplab.loop.guard import Fault
+from looplab.loop.objective import Objective
+from looplab.loop.pace import Pace
+from looplab.loop.pass_metrics import PassMetrics
+from looplab.loop.step import Meaning, StepRunner
+from looplab.loop.tracing import Tracer
+from looplab.loop.weights import examples
+from looplab.paths import local_path
+from looplab.state import Progress, RunState
+from looplab.summaries.folder import RunFolder
+from looplab.variables import Variables
+from looplab.walk import overrides
+from looplab.warn import Warnings, warn
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Runs the steps of a trainer over data.
+
+    Args:
+        runner: Runs one step.
+        state: Counts the steps.
+        folder: Where the values of each step are written.
+        is_seeded: Whether the user chose the seed; otherwise a resumed run restores it.
+    """
+
+    def __init__(self, runner: StepRunner, state: RunState, folder: RunFolder, is_seeded: bool):
+        self.runner = runner
+        self.state = state
+        self.folder = folder
+        self.is_seeded = is_seeded
+        self.tracer = Tracer(runner)
+        self.metrics = PassMetrics(runner)
+
+    @classmethod
+    def of(
+        cls, trainer: Any, optimizer: Any, loss: Any, loss_weights: Any, metrics: Any, log_dir: Any, seed: int | None
+    ) -> Engine:
+        """The engine of a trainer that gets these arguments."""
+        warnings = Warnings()
+        objective = Objective(trainer.model, optimizer, loss, loss_weights, metrics, warnings)
+        runner = StepRunner(trainer, objective, Variables(trainer, {"metrics": objective.compiled}), warnings)
+        # Absolute, because the program may change its working directory.
+        folder = RunFolder(None if log_dir is None else local_path("log_dir", log_dir).absolute())
+        state = RunState(random.randint(1, 10**9) if seed is None else seed)
+        return cls(runner, state, folder, is_seeded=seed is not None)
+
+    def batches(self, name: str, *data: Any, **options: Any) -> Batches:
+        """The batches of data as users pass it: see `from_arguments`."""
+        return from_arguments(name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy)
+
+    def run(
+        self,
+        kind: str,
+        batches: Batches,
+        progress: Progress,
+        callbacks: keras.callbacks.CallbackList,
+        iterator: Any = None,
+        folder: str | None = None,
+        before_call: Callable[[int], int | None] = lambda done: None,
+        take_outputs: Callable[[Any, Any], Any] = lambda batch, outputs: None,
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Runs a pass from where `progress` is to its end.
+
+        Args:
+            kind: "train", "test" or "predict".
+            batches: The data.
+            progress: Is advanced.
+            callbacks: Their hooks for batches are called for each step, once the graph call has returned.
+            iterator: Of `batches`; by default a new one.
+            folder: That of the event file for the values of each step; None writes none.
+            before_call: Called before each graph call with the number of batches done; returns how many steps the call
+                may run at most, or None.
+            take_outputs: Called with each batch and the outputs of its prediction; returns what callbacks see of them.
+
+        Returns:
+            The values of the pass as Keras logs them, and those of the parts of the loss.
+
+        Raises:
+            Fault: A step had a fault; everything before it is counted and written.
+            ValueError: The data has no batch.
+        """
+        iterator = batches.iterate(0) if iterator is None else iterator
+        step = self.tracer.compiled(kind, iterator.element_spec)
+        hooks = hooked_to_batches(callbacks.callbacks, kind)
+        may_freeze = any(not getattr(hook, "stateless", False) for hook in hooks)
+        pace = Pace(1 if kind == "predict" else self._pace(hooks))
+        skipped = 0
+        most = before_call(progress.batches)
+        while not self._is_over(kind, batches, progress):
+            done = progress.batches
+            left = None if batches.steps is None else batches.steps - done
+            asked = pace.next(*(number for number in (left, most) if number is not None))
+            if asked == 1:  # with more, these hooks are called when the call has returned
+                _begin_batch(kind, hooks, done)
+            if may_freeze and not step.eager:
+                step = self.tracer.compiled(kind, step.element_spec)
+
+            started = time.time()
+            logs = self._call(kind, step, iterator, asked, progress)
+            pace.took(logs.done, time.time() - started)
+
+            # A step with a fault that ends the pass does not count, and no callback sees it.
+            progress.faults, stops = _faults_in_a_row(progress.faults, logs, self.runner.trainer.skip_nonfinite)
+            sound = logs.first(logs.done - 1) if stops else logs
+            self._count(kind, step, progress, sound, folder, started)
+            if logs.outputs is not None:
+                outputs = tf.nest.map_structure(self._gathered, logs.outputs)
+                logs = sound = logs._replace(outputs=take_outputs(logs.batch.get_value(), outputs))
+            if hooks:
+                with self.metrics.visible(step, hooks):
+                    _end_batches(kind, hooks, step.meaning, sound, done, begin=asked > 1)
+            if stops:
+                raise self._fault(kind, batches.name, progress, logs)
+            skipped += int((logs.faults != 0).sum())
+            progress.ended = logs.done < asked and not bool(logs.batch.has_value())
+            if progress.ended and batches.steps is not None:
+                warn(f"The data ended after {progress.batches} of {batches.steps} batches.")
+            most = before_call(progress.batches)
+
+        if skipped:
+            warn(f"{skipped} of {progress.batches} steps were skipped: their loss or gradients were not finite.")
+        if not progress.batches:
+            raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
+        results = self.metrics.results(kind, step, progress)
+        parts = {name: results.pop(name) for name in step.meaning.parts if name in results}
+        return results, parts
+
+    def evaluate(
+        self,
+        batches: Batches,
+        callbacks: keras.callbacks.CallbackList,
+        folder: str | None = None,
+        before_call: Callable[[int], int | None] = lambda done: None,
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Runs an evaluation, and leaves all variables as they were: its values, and those of the parts of the loss."""
+        step = self.tracer.compiled("test", batches.element_spec)
+        with self.metrics.unchanged(step):
+            self.metrics.reset(step.copies)
+            callbacks.on_test_begin()
+            results, parts = self.run("test", batches, Progress(), callbacks, None, folder, before_call)
+            with self.metrics.visible(step, callbacks.callbacks, results.get("loss")):
+                callbacks.on_test_end(results)
+        return results, parts
+
+    def predict(self, batches: Batches, callbacks: keras.callbacks.CallbackList) -> list[Any]:
+        """Runs a prediction, and leaves all variables as they were: the outputs of each batch."""
+        is_default = not overrides(self.runner.trainer, "predict_step")
+        outputs: list[Any] = []
+
+        def take(batch: Any, rows: Any) -> Any:
+            if is_default and self.runner.strategy.num_replicas_in_sync == 1:
+                x, signature = (step_checks.parts(part)[:1] for part in (batch, batches.element_spec))
+                step_checks.rows(examples(x, signature=signature), rows)
+            outputs.append(rows)
+            return rows
+
+        with self.metrics.unchanged(self.tracer.compiled("predict", batches.element_spec)):
+            callbacks.on_predict_begin()
+            self.run("predict", batches, Progress(), callbacks, take_outputs=take)
+            callbacks.on_predict_end()
+        return outputs
+
+    def _call(self, kind: str, step: Any, iterator: Any, asked: int, progress: Progress) -> CallLogs:
+        """One graph call of up to `asked` steps."""
+        first = 1 + (self.state.steps if kind == "train" else progress.batches)
+        most_faulty = self.runner.trainer.skip_nonfinite
+        try:
+            with self.runner.eager_lock if step.eager else contextlib.nullcontext():
+                logs = step(iterator, asked, first, progress.faults, most_faulty)
+        except BaseException as error:
+            self.runner.batch_metrics.reset()  # the step may not have ended
+            raise_own(error)
+            raise
+        if kind == "train" and logs.done:
+            self.runner.objective.check_loss(logs.scalars)
+        self.runner.warnings.give()
+        return logs
+
+    def _is_over(self, kind: str, batches: Batches, progress: Progress) -> bool:
+        """Whether a pass has reached its end."""
+        if progress.ended or (batches.steps is not None and progress.batches >= batches.steps):
+            return True
+        return (
+            kind == "train" and bool(self.runner.trainer.stop_training) and progress.batches > 0
+        )  # as in Keras, after a first call
+
+    def _pace(self, hooks: Sequence[keras.callbacks.Callback]) -> int | str:
+        trainer = self.runner.trainer
+        if trainer.steps_per_execution != "auto":
+            return trainer.steps_per_execution
+        return "auto" if not trainer.run_eagerly and all(getattr(hook, "async_safe", False) for hook in hooks) else 1
+
+    def _count(
+        self, kind: str, step: Any, progress: Progress, logs: CallLogs, folder: str | None, started: float
+    ) -> None:
+        """Adds the steps of a graph call to the means, the counters and the event file."""
+        state, sound = self.state, logs.faults == 0
+        progress.means.add(logs.weights * sound, _without(step.meaning.rates, logs.scalars))
+        progress.batches += logs.done
+        before = state.steps if kind == "train" else state.test_steps  # validation has a count of its own
+        if folder is not None:
+            self.folder.events.steps(folder, 1 + before, {f"batch_{n}": v for n, v in logs.scalars.items()}, started)
+            for index, name, files in logs.images:
+                self.folder.events.images(folder, 1 + before + index, {name: files})
+        if kind == "train":
+            self.folder.events.graph("train", step.graph)
+            state.steps += logs.done
+            state.skipped_steps += int((~sound).sum())
+        elif folder is not None:
+            state.test_steps += logs.done
+
+    def _fault(self, kind: str, name: str, progress: Progress, logs: CallLogs) -> Fault:
+        """The fault of the last step of a graph call."""
+        x, y, sample_weight = unpack(tf.nest.map_structure(self._gathered, logs.batch.get_value()))
+        losses = {name: float(values[-1]) for name, values in logs.scalars.items() if "loss" in name}
+        code = int(logs.faults[-1])
+        batch = {name: x, "y": y, "sample_weight": sample_weight}
+        return Fault(code, self.runner.guard.message(code), kind, progress.batches + 1, batch, losses)
+
+    def _gathered(self, value: Any) -> Any:
+        """The rows of all replicas, in order."""
+        return joined(*self.runner.strategy.experimental_local_results(value))
+
+
+def _faults_in_a_row(before: int, logs: CallLogs, most: int) -> tuple[int, bool]:
+    """How many of the last steps in a row were skipped, and whether the last step ends the pass."""
+    sound = logs.faults == 0
+    in_a_row = int(sound[::-1].argmax()) if sound.any() else before + logs.done
+    stops = logs.done > 0 and bool(logs.faults[-1] < 0 or in_a_row > most)
+    return in_a_row - stops, stops  # the one that ends the pass is not skipped
+
+
+def _begin_batch(kind: str, hooks: Sequence[Any], number: int) -> None:
+    for hook in hooks:
+        getattr(hook, f"on_{kind}_batch_begin")(number, {})
+
+
+def _end_batches(kind: str, hooks: Sequence[Any], meaning: Meaning, logs: CallLogs, first: int, begin: bool) -> None:
+    """Calls the hooks for each step that a graph call ran, with the values of that step."""
+    columns = {name: v.tolist() for name, v in _without(meaning.rates | meaning.parts, logs.scalars).items()}
+    for index in range(logs.done):
+        values = {name: column[index] for name, column in columns.items()}
+        if logs.outputs is not None:
+            values["outputs"] = logs.outputs
+        for hook in hooks:
+            if begin:
+                getattr(hook, f"on_{kind}_batch_begin")(first + index, {})
+            getattr(hook, f"on_{kind}_batch_end")(first + index, values)
+
+
+def _without(names: Collection[str], values: Mapping[str, T]) -> dict[str, T]:
+    """The values with other names."""
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def joined(*parts: Any) -> Any:
+    """The rows of all parts as one array, or as a `tf.RaggedTensor` if the parts have several lengths."""
+    shapes = [tuple(part.shape) for part in parts]
+    if len({shape[1:] for shape in shapes}) > 1 and not any(isinstance(part, tf.RaggedTensor) for part in parts):
+        if len({*map(len, shapes)}) > 1:
+            raise ValueError(f"`predict_step` must return outputs of one rank; got shapes {shapes[:5]}.")
+        lengths = [{*sizes} for sizes in zip(*shapes, strict=True)]
+        ragged = max(axis for axis, sizes in enumerate(lengths) if axis > 0 and len(sizes) > 1)
+        parts = tuple(tf.RaggedTensor.from_tensor(part, ragged_rank=ragged) for part in parts)
+    whole = tf.concat(parts, 0)
+    return whole.numpy() if isinstance(whole, tf.Tensor) else whole

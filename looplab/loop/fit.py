@@ -1,0 +1,185 @@
+"""One call of `fit`: epoch after epoch, in an order that the comments explain."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+
+from looplab import checks
+from looplab.callbacks import EpochLine, ProgressBar
+from looplab.checkpoint import callbacks as memory
+from looplab.checkpoint.resume import Resumed
+from looplab.checkpoint.snapshot import Asked
+from looplab.checkpoint.store import NullStore
+from looplab.data.batches import Batches
+from looplab.loop.engine import Engine
+from looplab.loop.graphs import changed_tables
+from looplab.loop.interrupts import Interrupts
+from looplab.loop.metrics import lower_is_better
+from looplab.loop.saving import Saving
+from looplab.loop.step import LEARNING_RATE
+from looplab.state import Progress
+from looplab.walk import overrides
+
+
+@dataclasses.dataclass
+class Fit:
+    """One call of `fit`."""
+
+    engine: Engine
+    train: Batches
+    validation: Batches | None
+    validation_freq: int | Sequence[int]
+    callbacks: list[keras.callbacks.Callback]
+    first_epoch: int
+    epochs: int
+    verbose: int | str
+    store: NullStore
+    resumed: Resumed
+    """Where to resume."""
+
+    def run(self) -> keras.callbacks.History:
+        """Trains, and returns the history."""
+        engine, state, folder = self.engine, self.engine.state, self.engine.folder
+        asked = Asked(
+            self.epochs, self.train.described, engine.runner.objective.made_with, memory.settings(self.callbacks)
+        )
+        self.resumed.check(state.seed if engine.is_seeded else None, asked)
+        if self.train.unseeded and (self.store.saves or self.resumed.is_requested):
+            checks.unseeded(self.train.unseeded, self.resumed.is_requested)
+        shown = [EpochLine() if self.verbose == 2 else ProgressBar()] if self.verbose else []
+        callbacks = keras.callbacks.CallbackList(
+            [*self.callbacks, *shown],
+            add_history=True,
+            model=engine.runner.trainer,
+            epochs=self.epochs,
+            steps=self.train.steps,
+            verbose=self.verbose,
+        )
+        saving = Saving(engine, self.train, self.validation, callbacks, asked, self.store, self.resumed)
+        folder.histories.write()
+        self._train(callbacks, saving, Interrupts(engine.tracer.stop, saves=self.store.saves))
+        history = engine.runner.trainer.history  # which the list of callbacks has set
+        folder.histories.complete(state.fits, history.history)
+        state.fits += 1
+        return history
+
+    def _train(self, callbacks: keras.callbacks.CallbackList, saving: Saving, interrupts: Interrupts) -> None:
+        engine, state, trainer = self.engine, self.engine.state, self.engine.runner.trainer
+        events = engine.folder.events
+
+        def before_call(done: int) -> int | None:
+            """Saves if that is due, and returns after how many steps it is due again."""
+            if done and self.store.is_due_after_step(state.steps):
+                saving.save()
+            interrupts.check()
+            return self.store.steps_left(state.steps)
+
+        with interrupts, saving.on_exit(interrupts):
+            self._prepare()
+            saving.load()
+            interrupts.check()  # nothing has changed yet
+            state.epochs, state.epoch = max(state.epochs, self.first_epoch), self.first_epoch
+            state.in_epoch, trainer.stop_training, state.progress = False, False, Progress()
+            engine.folder.take(resumes=self.resumed.newest is not None)
+            saving.start()  # restores after `on_train_begin`, in which callbacks reset themselves
+            iterator: Any = None
+            while state.epoch < self.epochs and (state.in_epoch or not trainer.stop_training):
+                if not state.in_epoch:  # not in an epoch that a run resumes
+                    engine.metrics.reset()
+                    callbacks.on_epoch_begin(state.epoch)
+                    state.in_epoch = True
+                if iterator is None or not self.train.continues:
+                    saving.starts = self.train.starts
+                    iterator = self.train.iterate(state.epochs, state.progress.batches)
+                logs, parts = engine.run("train", self.train, state.progress, callbacks, iterator, "train", before_call)
+
+                state.logs = logs
+                validation = self._validate(callbacks, saving, interrupts)
+                state.epochs += 1
+                events.scalars("train", state.epochs, _epoch_tags(logs | parts))
+                if validation is not None:
+                    values, validation_parts = validation
+                    events.scalars("validation", state.epochs, _epoch_tags(values | validation_parts))
+                    state.logs = logs | {f"val_{name}": value for name, value in values.items()}
+                callbacks.on_epoch_end(state.epoch, state.logs)
+
+                # The epoch is over: a checkpoint from here on resumes with the next one.
+                state.epoch, state.in_epoch = state.epoch + 1, False
+                state.progress = Progress(faults=state.progress.faults)
+                saving.starts = saving.starts if self.train.continues else self.train.starts
+                if self.store.is_due_after_epoch(state.epochs, saving.monitored()):
+                    saving.save()
+                interrupts.check()
+            saving.save()
+            interrupts.check()
+            saving.has_news = False  # a resumed run repeats what follows
+            for optimizer, variables in engine.runner.minimized.values():
+                optimizer.finalize_variable_values(variables)  # as in Keras: with `use_ema`, averages become weights
+            callbacks.on_train_end(state.logs)
+
+    def _validate(
+        self, callbacks: keras.callbacks.CallbackList, saving: Saving, interrupts: Interrupts
+    ) -> tuple[dict[str, float], dict[str, float]] | None:
+        """The values of the validation after this epoch, and those of the parts of the loss; None if none is due."""
+        freq, epoch = self.validation_freq, self.engine.state.epoch + 1
+        is_due = epoch % freq == 0 if isinstance(freq, int) else epoch in freq
+        if self.validation is None or not is_due:
+            return None
+        with saving.validating():
+            return self.engine.evaluate(self.validation, callbacks, "validation", lambda _: interrupts.check())
+
+    def _prepare(self) -> None:
+        """Traces all steps, so that all variables exist, and raises what is wrong before anything is changed."""
+        engine, runner, trainer = self.engine, self.engine.runner, self.engine.runner.trainer
+        with self._traceable() as eagerly:
+            step = engine.tracer.compiled("train", self.train.element_spec, eagerly)
+            names = list(step.names)
+            if self.validation is not None:
+                test = engine.tracer.compiled("test", self.validation.element_spec, eagerly)
+                names += [f"val_{name}" for name in test.names]
+        if self.store.saves and step.graph is not None:
+            checks.saved(changed_tables(step.graph))
+        model = None if overrides(trainer, "__call__") else trainer.model
+        for batches in (self.train, self.validation):
+            if batches is not None and batches.arrays is not None:
+                runner.objective.check_arrays(batches.name, batches.arrays, model)
+        runner.warnings.give()
+        monitor = self.store.monitor
+        if monitor is not None:
+            if not eagerly and monitor not in names:
+                near = difflib.get_close_matches(monitor, names, 1) or [n for n in names if n != LEARNING_RATE]
+                known = ", ".join(map(repr, near))
+                raise ValueError(f"`monitor` must be in the logs of an epoch, such as {known}; got {monitor!r}.")
+            self.store.prefer(lower_is_better(monitor, self.store.mode, trainer.metrics))
+
+    @contextlib.contextmanager
+    def _traceable(self) -> Iterator[bool]:
+        """Yields whether steps run eagerly.
+
+        To resume, variables must exist before a step has run: so the step is traced even if it runs eagerly.
+        """
+        trainer, is_resumed = self.engine.runner.trainer, self.resumed.saved is not None
+        run_eagerly = trainer.run_eagerly
+        trainer.run_eagerly = run_eagerly and not is_resumed
+        try:
+            yield trainer.run_eagerly
+        except Exception as error:
+            if run_eagerly and is_resumed:
+                raise ValueError(
+                    f"`run_eagerly` with `resume`: the step is traced once before, so that its variables exist, which "
+                    f"raised {type(error).__name__}: {' '.join(str(error).split())[-300:]}. Put code that looks at "
+                    f"values under `if self.run_eagerly:`."
+                ) from error
+            raise
+        finally:
+            trainer.run_eagerly = run_eagerly
+
+
+def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:
+    return {f"epoch_{name}": value for name, value in logs.items()}

@@ -1,0 +1,191 @@
+"""A trainer's `loss` and `metrics`: matched with the model's outputs by Keras, and checked against them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from looplab.checkpoint.callbacks import settings_of
+from looplab.loop import plausible, step_checks
+from looplab.loop.context import Step
+from looplab.loop.weights import align
+from looplab.warn import Warnings
+
+LOSS_PART = "loss/"
+
+
+class Objective:
+    """What the default steps minimize and measure.
+
+    Args:
+        model, optimizer, loss, loss_weights, metrics: As passed to the trainer.
+        warnings: For what looks wrong but may be intended.
+    """
+
+    def __init__(
+        self, model: Any, optimizer: Any, loss: Any, loss_weights: Any, metrics: Any, warnings: Warnings
+    ) -> None:
+        self.loss, self.loss_weights, self.metrics = loss, loss_weights, metrics
+        # A Keras model without layers knows how losses and metrics, given as names, lists or dicts, match outputs.
+        self.compiled = keras.Model(name="compiled", dtype=getattr(model, "dtype_policy", None))
+        if isinstance(model, keras.Model) and hasattr(model, "output_names"):
+            self.compiled.output_names = model.output_names
+        self.compile(optimizer)
+        self.optimizer = self.compiled.optimizer
+        # Now, because a callback may change a learning rate.
+        self.made_with = {"optimizer": settings_of(self.optimizer), "loss": settings_of(loss)}
+        """The settings of the optimizer and the loss, in words."""
+        self._bounded = ""  # the part of the loss that is at most 1 if targets are in the range of the outputs
+        self._compared: list[plausible.Comparison] = []  # what the losses of the last trace compared
+        self._warnings = warnings
+
+    def compile(self, optimizer: Any) -> None:
+        """Forgets how losses and metrics matched the outputs of an earlier trace."""
+        self.compiled.compile(optimizer=optimizer, loss=self.loss, loss_weights=self.loss_weights, metrics=self.metrics)
+
+    @property
+    def mean(self) -> keras.Metric:
+        """Keras's tracker of the loss, which callbacks look up among the metrics."""
+        return self.compiled.metrics[0]
+
+    @property
+    def output_losses(self) -> dict[str, keras.Metric]:
+        """Keras's means of the loss of each output, if there are several, by name.
+
+        Keras names those of outputs without names after the loss function: `mse_loss`, then `mse_loss_1` here, as Keras
+        distinguishes metrics with one name.
+        """
+        by_name: dict[str, keras.Metric] = {}
+        for metric in self.compiled.metrics:
+            if isinstance(metric, keras.metrics.Mean) and metric.name.endswith("_loss"):
+                names = itertools.chain([metric.name], (f"{metric.name}_{count}" for count in itertools.count(1)))
+                by_name[next(name for name in names if name not in by_name)] = metric
+        return by_name
+
+    def compute_loss(self, step: Step, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+        """The loss of the targets; enters its parts in the step's ledger."""
+        step_checks.targets(y, self.loss)
+        self._compared = []
+        given = {"loss": self.loss, "y": y, "sample_weight": sample_weight, "loss_weights": self.loss_weights}
+        step.inspect = lambda *call: self._inspect(step, y, *call)
+        try:
+            with step_checks.structures(y_pred, **given):
+                total = self.compiled.compute_loss(x, y, y_pred, sample_weight)
+        finally:
+            step.inspect = None
+        # Keras divides a loss by the number of replicas; `minimize` does so for all losses, whatever they come from.
+        total *= tf.distribute.get_strategy().num_replicas_in_sync
+        parts = self._parts(total)
+        for name, value in parts.items():
+            step.ledger.add(name, value)
+        step.ledger.take()
+        is_plain = self.loss_weights is None and sample_weight is None and len(self._compared) == 1
+        self._bounded = f"{LOSS_PART}{next(iter(parts))}" if is_plain and self._compared[0].is_bounded else ""
+        return total
+
+    def _inspect(self, step: Step, y: Any, loss: Any, target: Any, output: Any, weight: Any) -> tuple[Any, Any]:
+        """Checks a loss with its target, output and weight; returns the target and weight that the loss gets."""
+        if weight is not None:
+            leaves = tf.nest.flatten(weight)
+            weight = leaves[0] if len(leaves) == 1 else weight  # a list of one, like y
+            values = f"the values of `loss` {getattr(loss, 'name', '')} of y of shape {target.shape}"
+            weight = align(weight, _values_shape(loss, target, output), values)
+        if isinstance(target, tf.Tensor) and isinstance(output, tf.Tensor):
+            if target.shape.rank and output.shape.rank and output.shape[0] is not None:
+                # The batch may have any size, but the outputs have a fixed one, such as that of a model's state.
+                differ = tf.reshape(tf.not_equal(tf.shape(target)[0], output.shape[0]), [1])
+                step.guard.report(differ, [step_checks.row_mismatch(output.shape, "as many as y has")])
+            path = next((tuple(path) for path, leaf in keras.tree.flatten_with_path(y) if leaf is target), ())
+            compared = plausible.Comparison(loss, target, output, path)
+            self._compared.append(compared)
+            for doubt in compared.doubts():
+                self._warnings.add(doubt)
+            compared.check_shapes()
+            target = compared.checked(step.guard, target)
+        return target, weight
+
+    def _parts(self, total: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The parts of the loss of the targets, by name: with several outputs one for each, times its weight."""
+        by_output = self.output_losses
+        if not by_output:
+            loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "name", None)
+            return {loss or getattr(self.loss, "__name__", None) or "targets": total}
+        weights = self.loss_weights
+        if isinstance(weights, dict):
+            weights = [weights.get(name.removesuffix("_loss"), 1.0) for name in by_output]
+        weighted = zip(by_output.items(), weights or [1.0] * len(by_output), strict=True)
+        return {name: metric.result() * weight for (name, metric), weight in weighted}
+
+    def compute_metrics(self, step: Step, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
+        """Updates the metrics, and returns their results by name."""
+        assert step.metrics is not None
+        by_output = self.output_losses
+        metrics = [metric for metric in self.compiled.metrics[1:] if metric not in by_output.values()]
+        with step_checks.structures(y_pred, y=y, metrics=self.metrics):
+            for metric in metrics:
+                metric.update_state(y, y_pred, sample_weight)
+        self._check_metrics(inner for metric in metrics for inner in getattr(metric, "metrics", [metric]))
+        by_name = [*((metric.name, metric) for metric in metrics), *by_output.items()]
+        results = [(name, metric.result()) for name, metric in by_name]
+        named = [one for name, result in results for one in step.metrics.named(name, result)]
+        step_checks.unique("compute_metrics", [("loss", "the loss"), *((one.name, one.origin) for one in named)])
+        return {one.name: one.value for one in named}
+
+    def _check_metrics(self, metrics: Iterable[keras.Metric]) -> None:
+        """Warns of metrics of probabilities if a loss takes the outputs as logits."""
+        if any(compared.takes_logits for compared in self._compared):
+            for metric in filter(plausible.expects_probabilities, metrics):
+                self._warnings.add(
+                    f"Metric '{metric.name}' expects probabilities, but the model outputs logits (`loss` has "
+                    f"from_logits=True): pass a metric with from_logits=True or a threshold of 0.0, or end the model "
+                    f"with a sigmoid or softmax."
+                )
+
+    def completed(self, step: Step, results: dict[str, Any]) -> dict[str, Any]:
+        """What a model's own `compute_metrics` returned, with the losses of the outputs as looplab computes them.
+
+        Among its results may be Keras's means of losses, which only Keras's own steps update.
+        """
+        assert step.metrics is not None
+        updated = {name: value for name, value in results.items() if step.metrics.is_updated(value)}
+        return {name: mean.result() for name, mean in self.output_losses.items()} | updated
+
+    def check_arrays(self, name: str, arrays: Any, model: Any) -> None:
+        """Checks whole arrays: inputs must be finite, and targets in the range that the loss needs.
+
+        Args:
+            name: What errors call x.
+            arrays: x, (x, y) or (x, y, sample_weight).
+            model: The model that gets x; None if it is unknown.
+        """
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(arrays)
+        plausible.check_finite(name, x)
+        if plausible.raw_images(x, model):
+            self._warnings.add(
+                f"`{name}` looks like images from 0 to 255, and the model has no layer that scales: divide by 255, or "
+                f"start the model with `keras.layers.Rescaling(1 / 255)`."
+            )
+        for compared in self._compared:
+            compared.check_array(y, name)
+
+    def check_loss(self, scalars: dict[str, Any]) -> None:
+        """Warns if a loss of targets and outputs from 0 to 1 is more than 1."""
+        if scalars.get(self._bounded, [0])[0] > 1:
+            self._warnings.add(
+                "The outputs are all from 0 to 1, but the targets are not: scale them, such as images by 1/255."
+            )
+
+
+def _values_shape(loss: keras.Loss, target: Any, output: Any) -> tf.TensorShape:
+    """The shape of a loss's values before they are reduced; unknown if `loss` raises an error, as it will again."""
+    try:
+        if tf.executing_eagerly():
+            return tf.convert_to_tensor(loss.call(target, output)).shape
+        specs = [tf.TensorSpec(part.shape, loss.dtype) for part in (target, output)]
+        return tf.function(loss.call).get_concrete_function(*specs).output_shapes
+    except Exception:
+        return tf.TensorShape(None)

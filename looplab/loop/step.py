@@ -1,0 +1,158 @@
+"""One step on one replica: from a batch to everything that the step returns, logs and finds wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from looplab.loop import context, plausible, step_checks
+from looplab.loop.guard import NO_ROWS, Guard
+from looplab.loop.metrics import BatchMetrics, Named, Source
+from looplab.loop.objective import LOSS_PART, Objective
+from looplab.loop.weights import ClassWeights, examples
+from looplab.variables import Variables
+from looplab.warn import Warnings
+
+LEARNING_RATE = "learning_rate"
+
+
+class Meaning(NamedTuple):
+    """What the scalars of a step are, by name."""
+
+    sources: dict[str, Source]
+    """The metrics that scalars are results of."""
+    rates: frozenset[str]
+    """Learning rates, which only TensorBoard shows."""
+    parts: frozenset[str]
+    """Parts of the loss, which only TensorBoard shows."""
+
+
+class StepLogs(NamedTuple):
+    """What one replica returns for its part of a batch."""
+
+    scalars: dict[str, tf.Tensor]
+    """Scalars of any numeric dtype, by name."""
+    images: dict[str, tf.Tensor]
+    """uint8 images of shape (n, height, width, channels), by name."""
+    fault: Any = 0
+    """int32: 0, or the guard's code of a fault, for which the step did not update what it trains."""
+    weight: Any = 1
+    """How many examples the replica has."""
+    meaning: Meaning = Meaning({}, frozenset(), frozenset())
+
+
+class StepRunner:
+    """Runs the steps of a trainer.
+
+    Args:
+        trainer: Whose steps, metrics and trainable variables are used.
+        objective: Its loss and metrics.
+        variables: What it holds.
+        warnings: For what looks wrong and may be meant.
+    """
+
+    def __init__(self, trainer: Any, objective: Objective, variables: Variables, warnings: Warnings):
+        self.trainer = trainer
+        self.objective = objective
+        self.variables = variables
+        self.warnings = warnings
+        self.strategy = tf.distribute.get_strategy()
+        self.guard = Guard()
+        self.eager_lock = threading.RLock()
+        """Held while steps run eagerly, or read what they change: evaluations then use the variables themselves."""
+        self.batch_metrics = BatchMetrics()
+        self.class_weights: ClassWeights | None = None
+        """Of the running `fit`."""
+        self.image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}, "predict": {}}
+        """By kind of step and image name, how often an image is due."""
+        self.minimized: dict[int, tuple[keras.Optimizer, list[Any]]] = {}
+        """By identity, each optimizer that steps use, and the variables that it trains."""
+
+    def run(self, kind: str, function: Callable[[Any], Any], signature: Any, batch: Any) -> StepLogs:
+        """Runs a training or test step.
+
+        Args:
+            kind: "train" or "test".
+            function: The step.
+            signature: That of the batch, which says which dimensions are fixed; None uses the batch itself.
+            batch: This replica's part of it.
+        """
+        trainer, guard, metrics = self.trainer, self.guard, self.batch_metrics
+        rates = self._learning_rates() if kind == "train" else {}  # their values when the step uses them
+        step = self.new_step(kind)
+        assert step.metrics is not None
+        with context.running(step):
+            step.ledger.start(trainer.trainable_variables)
+            guard.start()
+            known = examples(batch, guard.report, signature)
+            weight = 1 if known is None else known
+            if self.strategy.num_replicas_in_sync == 1:
+                step.rows = weight
+            if kind == "train" and self.class_weights is not None:
+                batch = self.class_weights.weigh(batch, plausible.target_kind(self.objective.loss), guard.report)
+            returned = step_checks.step_logs(f"{kind}_step", function(batch))
+            named, parts = self._named(step, returned)
+            values = {n: step_checks.scalar(f"`{kind}_step` returned", n, value) for n, value, *_ in named}
+            self.variables.adopt("metrics", metrics.updated[kind])
+            changed = guard.changed_otherwise(trainer.trainable_variables) if kind == "train" else []
+            if changed:
+                losses = {n: value for n, value in values.items() if "loss" in n and value.dtype.is_floating}
+                guard.report_applied(losses, changed)
+            if not step.is_guarded:
+                guard.report(tf.reshape(tf.equal(step.rows, 0), [1]), [NO_ROWS])
+            # Keras's means of the loss of each output weigh a smaller last batch like any other.
+            by_output = self.objective.output_losses.values()
+            sources = {one.name: one.source for one in named if one.source and one.source.metric not in by_output}
+            meaning = Meaning(sources, frozenset(rates), frozenset(parts))
+            logs = StepLogs({**rates, **values}, step.images, guard.fault(), weight, meaning)
+            metrics.reset()
+            return logs
+
+    def predict(self, function: Callable[[Any], Any], batch: Any) -> Any:
+        """Runs a prediction step; what it logs is forgotten."""
+        with context.running(context.Step("predict", self.guard, None, {})):
+            return function(batch)
+
+    def new_step(self, kind: str) -> context.Step:
+        """A step that has not recorded anything yet."""
+        metrics = self.batch_metrics.step(kind, self.trainer.metrics)
+        return context.Step(kind, self.guard, metrics, self.image_every[kind])
+
+    def trained(self, optimizer: keras.Optimizer, variables: list[Any]) -> None:
+        """Holds what a step trains, and with which optimizer."""
+        self.variables.adopt("optimizers", [optimizer])
+        self.variables.adopt("variables", variables)
+        self.minimized[id(optimizer)] = optimizer, variables
+
+    def warn_of_bare_variables(self, variables: Sequence[Any], gradients: Sequence[Any]) -> None:
+        """Warns of variables that looplab trains and Keras would not."""
+        bare = self.variables.bare()
+        pairs = zip(variables, gradients, strict=True)
+        names = [bare[id(v)] for v, gradient in pairs if gradient is not None and id(v) in bare]
+        if names:
+            self.warnings.add(
+                f"looplab trains {', '.join(names)}, which Keras 3 would not: a `tf.Variable` that is an attribute and "
+                f"receives a gradient. To keep one constant, create it with trainable=False."
+            )
+
+    def _named(self, step: context.Step, returned: dict[str, Any]) -> tuple[list[Named], list[str]]:
+        """All values of a step, and the names of those that are parts of the loss."""
+        assert step.metrics is not None
+        origin = f"returned by `{step.kind}_step`"
+        named = [one for name, value in returned.items() for one in step.metrics.named(name, value, origin)]
+        named += [one for name, value in step.scalars.items() for one in step.metrics.named(name, value, "`self.log`")]
+        named += step.metrics.not_returned()
+        parts = [Named(f"{LOSS_PART}{n}", part, "a part of the loss") for n, part in step.ledger.all().items()]
+        step_checks.unique(f"{step.kind}_step", ((one.name, one.origin) for one in [*named, *parts]))
+        return [*named, *parts], [part.name for part in parts]
+
+    def _learning_rates(self) -> dict[str, tf.Tensor]:
+        """That of the trainer's `optimizer` as `learning_rate`, any other as `learning_rate/<path>`."""
+        return {
+            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): tf.convert_to_tensor(optimizer.learning_rate)
+            for path, optimizer in self.variables.optimizers().items()
+        }

@@ -1,0 +1,93 @@
+"""The log folder of a trainer: whose run it holds, and what is written to it outside of steps."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from looplab.checkpoint.histories import Histories
+from looplab.summaries.lock import can_resume, no_other_run
+from looplab.summaries.writer import RunWriter
+
+Write = Callable[[RunWriter], None]
+
+
+class RunFolder:
+    """A log folder. It belongs to this trainer from the first `fit`, or the first value that is written.
+
+    If it already holds a run, only `fit` decides whether the trainer resumes that run. Values that are logged before
+    wait until then.
+
+    Args:
+        path: The folder; None writes nothing.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.events = RunWriter(path)
+        self.histories = Histories(path)
+        self._is_taken = False
+        self._waiting: list[tuple[Write, bool]] = []  # (write, if_resumed)
+
+    def log(self, write: Write, if_resumed: bool = False) -> None:
+        """Writes what is logged outside of steps.
+
+        Args:
+            write: Writes it.
+            if_resumed: Whether a resumed run gets it too, if it is logged before `fit`.
+        """
+        if self.path is None or self._is_ours or not can_resume(self.path):
+            with self.owned():
+                write(self.events)
+            return
+        if not self._waiting:  # at the end of the program, if it never calls `fit`
+            weakref.finalize(self, _warn_of_unwritten, self._waiting, self.path)
+        self._waiting.append((write, if_resumed))
+
+    def take(self, resumes: bool) -> None:
+        """Makes the run in the folder this trainer's, and writes what has waited.
+
+        Args:
+            resumes: Whether the run has a checkpoint, and so the values that were logged before `fit`. If not,
+                everything that the run has left is removed.
+        """
+        if self.path is not None and not resumes and not self._is_ours:
+            self.events.remove()
+        for write, if_resumed in self._waiting:
+            if if_resumed or not resumes:
+                write(self.events)
+        self._waiting.clear()
+        self._is_taken = True
+
+    @contextlib.contextmanager
+    def owned(self, resume: bool = False) -> Iterator[None]:
+        """Inside it, the folder belongs to this trainer, and no other process can write to it.
+
+        Args:
+            resume: Whether it may hold a run.
+
+        Raises:
+            ValueError: Another process uses it, or it holds the run of another trainer.
+        """
+        if self.path is None or self.events.owned:
+            yield
+            return
+        if not self._is_ours:
+            no_other_run(self.path, resume)
+        with self.events.owning():
+            yield
+
+    @property
+    def _is_ours(self) -> bool:
+        return self._is_taken or self.events.has_written
+
+
+def _warn_of_unwritten(waiting: list[Any], path: Path) -> None:
+    if waiting:
+        warnings.warn(
+            f"What was logged was not written: {path} holds a run, and `fit` did not resume it.", stacklevel=2
+        )

@@ -1,0 +1,277 @@
+"""The variables, metrics and optimizers of a trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from looplab.walk import OURS, VARIABLES, Held, methods_of, walk
+
+
+class Variables:
+    """The stateful objects of a trainer.
+
+    They are found through its attributes and through what the methods of its class use; and while steps are traced,
+    through what the steps use.
+
+    Args:
+        owner: The trainer.
+        roots: What to search in addition, by name.
+    """
+
+    def __init__(self, owner: Any, roots: dict[str, Any]):
+        self._owner = owner
+        self._roots = roots
+        self._adopted: dict[str, list[Any]] = {"variables": [], "metrics": [], "optimizers": []}
+        self._strays: dict[str, list[tf.Variable]] = {}  # by kind of step
+        self._only_read: list[tf.Variable] = []  # by a training step, and nothing leads to them
+
+    def walk(self) -> Iterator[Held]:
+        """Each stateful object, once."""
+        own = {name: value for name, value in vars(self._owner).items() if name != OURS}
+        methods = {name: method for name, method in methods_of(self._owner).items() if name not in own}
+        return walk({"model": None, **self._roots, "adopted": self._adopted} | own | methods)
+
+    def trainable(self) -> list[Any]:
+        """The trainable variables of all models, in the order of the attributes."""
+        return self._collect(lambda layer: layer.trainable_variables, only_trainable=True)
+
+    def weights(self) -> list[Any]:
+        """The weights of all models, without seeds, metrics and optimizers."""
+        return self._collect(lambda layer: layer.weights)
+
+    def metrics(self) -> list[keras.Metric]:
+        """The metrics, including those that layers own."""
+        metrics: list[keras.Metric] = []
+        for held in self.walk():
+            metrics.extend([held.thing] if isinstance(held.thing, keras.Metric) else getattr(held.thing, "metrics", []))
+        return _once(metrics)
+
+    def optimizers(self) -> dict[str, keras.Optimizer]:
+        """The optimizers by path."""
+        return {held.path: held.thing for held in self.walk() if isinstance(held.thing, keras.Optimizer)}
+
+    def held(self) -> list[Any]:
+        """All variables but those of optimizers and strays: weights, seeds, metrics."""
+        variables = self._collect(lambda layer: layer.variables)
+        variables += [held.thing.state for held in self.walk() if isinstance(held.thing, keras.random.SeedGenerator)]
+        return variables + [variable for metric in self._owner.metrics for variable in metric.variables]
+
+    def state(self) -> list[Any]:
+        """All variables but those of optimizers."""
+        return _once(self.held() + self.strays())
+
+    def untrained(self) -> list[Any]:
+        """The variables that no optimizer changes: metrics, seeds, moving means; with replicas, that of each."""
+        trained = {id(variable) for variable in self._owner.trainable_variables}
+        whole = (variable for variable in self.state() if id(variable) not in trained)
+        return [part for variable in whole for part in of_each_replica(variable).values()]
+
+    def changeable(self) -> list[Any]:
+        """The variables that a training step may change; with replicas, those of each."""
+        whole = [*self.state(), *(v for optimizer in self.optimizers().values() for v in optimizer.variables)]
+        parts = [part for variable in whole for part in getattr(plain(variable), "values", [variable])]
+        return list({id(plain(part)): part for part in parts}.values())
+
+    def by_path(self) -> dict[str, Any]:
+        """All variables, by the path to what holds them and their position there: plain names may collide."""
+        by_path: dict[str, Any] = {}
+        for held in self.walk():
+            if isinstance(held.thing, keras.random.SeedGenerator):
+                by_path[held.path] = held.thing.state
+            elif isinstance(held.thing, VARIABLES):
+                by_path[held.path] = held.thing
+            else:
+                owned = [metric.variables for metric in getattr(held.thing, "metrics", ())]
+                variables = itertools.chain(held.thing.variables, *owned)
+                by_path |= {f"{held.path}/{index}": variable for index, variable in enumerate(variables)}
+        seen = {id(plain(variable)) for variable in by_path.values()}
+        for kind, found in (("stray", self.strays()), ("read", self._only_read)):
+            unseen = (variable for variable in found if id(variable) not in seen)
+            by_path |= {f"{kind}/{index}": variable for index, variable in enumerate(unseen)}
+        first = {id(variable): path for path, variable in reversed(by_path.items())}
+        once = {path: variable for path, variable in by_path.items() if first[id(variable)] == path}
+        return {
+            path + suffix: part for path, variable in once.items() for suffix, part in of_each_replica(variable).items()
+        }
+
+    def adopt(self, kind: str, things: Iterable[Any]) -> None:
+        """Holds what a step uses, if nothing leads to it yet.
+
+        Args:
+            kind: "variables", "metrics" or "optimizers".
+            things: Such things.
+        """
+        held = {
+            "optimizers": self.optimizers().values(),
+            "metrics": self._owner.metrics,
+            "variables": self.held(),
+        }[kind]
+        known = {id(part) for thing in held for part in (thing, plain(thing))}
+        self._adopted[kind] += [thing for thing in things if id(plain(thing)) not in known]
+
+    def strays(self) -> list[tf.Variable]:
+        """The variables that steps change and nothing leads to, such as those of Keras's own seeds."""
+        return list({id(v): v for strays in self._strays.values() for v in strays}.values())
+
+    def find_strays(
+        self, kind: str, written: Iterable[tf.Variable], used: Iterable[tf.Variable], but: Iterable[Any]
+    ) -> None:
+        """Finds the strays among the variables that a kind of step changes.
+
+        Those that a training step only reads are saved too, because a callback may change them.
+
+        Args:
+            kind: That of the step.
+            written, used: The variables that it changes, and all that it uses.
+            but: Those that belong to looplab.
+        """
+        optimized = (variable for optimizer in self.optimizers().values() for variable in optimizer.variables)
+        known = {id(plain(variable)) for variable in (*self.held(), *optimized, *but)}
+        self._strays[kind] = [variable for variable in written if id(variable) not in known]
+        if kind == "train":
+            known.update(map(id, self._strays[kind]))
+            self._only_read = [variable for variable in used if id(variable) not in known]
+
+    def bare(self) -> dict[int, str]:
+        """The paths of the variables that Keras would not train, by identity."""
+        return {id(held.thing): held.path for held in self.walk() if held.is_bare}
+
+    def set_weights(self, weights: Sequence[np.ndarray]) -> None:
+        """Assigns the values of all weights.
+
+        Raises:
+            ValueError: They have other shapes.
+        """
+        mine = self.weights()
+        if [np.shape(value) for value in weights] != [tuple(weight.shape) for weight in mine]:
+            raise ValueError(
+                f"`weights` must be the {len(mine)} arrays that `get_weights` of the same models returns; got "
+                f"{len(weights)}, or other shapes."
+            )
+        for variable, value in zip(mine, weights, strict=True):
+            variable.assign(value)
+
+    def load_weights(self, path: Path) -> None:
+        """Assigns the weights in a file.
+
+        Raises:
+            ValueError: It has no weights that fit.
+        """
+        model = self.saveable("load")
+        try:
+            model.load_weights(path)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # HDF5, zip and Keras raise a dozen types for other files
+            raise ValueError(f"`filepath` {path} has no weights that fit these models: {error}") from error
+
+    def saveable(self, action: str) -> keras.Model:
+        """The one Keras model that has all weights, or a model that holds everything that has some.
+
+        Raises:
+            ValueError: There are no weights yet.
+        """
+        holders = [h for h in self.walk() if getattr(h.thing, "weights", None) or isinstance(h.thing, VARIABLES)]
+        if not holders:
+            raise ValueError(f"There are no weights to {action} yet: call `build` with the data first.")
+        alone = len(holders) == 1 and isinstance(holders[0].thing, keras.Model)
+        return holders[0].thing if alone else _Holder(holders)
+
+    def one_model(self, action: str) -> keras.Model:
+        """The one Keras model that has all weights.
+
+        Raises:
+            ValueError: There is no such model.
+        """
+        model = self.saveable(action)
+        if isinstance(model, _Holder):
+            raise ValueError(
+                f"`{action}` needs a trainer of one Keras model: `save_weights` saves everything that this one holds."
+            )
+        return model
+
+    def summarize(self, **options: Any) -> None:
+        """Prints the summary of each Keras model."""
+        for held in self.walk():
+            if isinstance(held.thing, keras.Model) and held.thing.layers:
+                _infer_output_shapes(held.thing)
+                held.thing.summary(**options)
+
+    def _collect(self, of_layer: Callable[[keras.Layer], list], only_trainable: bool = False) -> list[Any]:
+        variables = []
+        for held in self.walk():
+            if isinstance(held.thing, keras.Layer):
+                variables.extend(of_layer(held.thing))
+            elif isinstance(held.thing, VARIABLES) and (held.trainable or not only_trainable):
+                variables.append(held.thing)
+        return _once(variables)
+
+
+class _Holder(keras.Model):
+    """Layers and variables under the paths that lead to them, so that Keras saves them as one model."""
+
+    def __init__(self, holders: Iterable[Held]):
+        super().__init__(name="trainer")
+        self._free: dict[str, Any] = {}
+        for held in holders:
+            name = "held." + held.path.replace("/", ".")  # not an attribute of a Keras model
+            if isinstance(held.thing, keras.Layer):
+                setattr(self, name, held.thing)
+            else:
+                self._free[name] = held.thing
+        self.built = True
+
+    def save_own_variables(self, store):
+        for path, variable in self._free.items():
+            store[path] = to_numpy(variable)
+
+    def load_own_variables(self, store):
+        for path, variable in self._free.items():
+            variable.assign(store[path])
+
+
+def _infer_output_shapes(model: keras.Model) -> None:
+    """Calls a subclassed model's `call` on a symbolic input, so that Keras's summary has its layers' output shapes.
+
+    If `call` needs real tensors, the summary has a "?" instead.
+    """
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    if shapes is None or hasattr(model, "inputs"):  # not built, or not subclassed
+        return
+    with contextlib.suppress(Exception):
+        model.call(keras.tree.map_shape_structure(lambda shape: keras.Input(shape[1:]), shapes))
+
+
+def of_each_replica(variable: Any) -> dict[str, Any]:
+    """The variable of each replica, by suffix of its path, if each may have its own value."""
+    inner = plain(variable)
+    if not isinstance(inner, tf.distribute.DistributedValues) or inner.trainable:
+        return {"": variable}
+    return {f"/replica-{index}": part for index, part in enumerate(inner.values)}
+
+
+def plain(variable: Any) -> Any:
+    """The TensorFlow variable of a Keras variable; anything else as it is."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def path_of(variable: Any) -> str:
+    """A variable's name for people: Keras's path, which is unique in a model, or TensorFlow's name."""
+    return getattr(variable, "path", variable.name)
+
+
+def to_numpy(variable: Any) -> np.ndarray:
+    """A copy of the value of a Keras or TensorFlow variable."""
+    return np.array(tf.convert_to_tensor(variable).numpy())
+
+
+def _once(things: Iterable[Any]) -> list[Any]:
+    return list({id(thing): thing for thing in things}.values())

@@ -1,0 +1,162 @@
+"""What an object holds through its attributes: models, optimizers, metrics and variables, each by its path."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from looplab.compat import all_layers
+
+OURS = "_looplab"
+"""The attribute of a trainer that holds everything of looplab's; it is not searched."""
+VARIABLES = (keras.Variable, tf.Variable)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.generic, tf.Tensor, types.ModuleType, type)
+_LIBRARIES = ("tensorflow", "keras", "numpy", "tensorboard", "tqdm")
+_MOST = 10_000  # members of a container that is searched: a longer one is data
+_LEAVES = (keras.Layer, keras.Optimizer, keras.Metric, keras.random.SeedGenerator, *VARIABLES)
+
+
+class Held(NamedTuple):
+    """A stateful object that another object holds."""
+
+    path: str
+    """The attributes, and positions in lists, that lead to it, joined by "/"."""
+    thing: Any
+    """A Keras layer, optimizer, metric, variable or seed generator, or a `tf.Variable`."""
+    trainable: bool
+    """For a variable: whether gradients may change it, and no layer that holds it is frozen."""
+    is_bare: bool = False
+    """For a `tf.Variable`: whether it is an attribute of the trainer or a Keras layer, which Keras would not train."""
+
+
+def methods_of(owner: Any) -> dict[str, Any]:
+    """The functions that the classes of a user's object define, by name."""
+    methods: dict[str, Any] = {}
+    for kind in type(owner).__mro__:
+        if not _is_library(kind):
+            functions = {name: getattr(value, "python_function", value) for name, value in vars(kind).items()}
+            methods = {name: value for name, value in functions.items() if inspect.isfunction(value)} | methods
+    return methods
+
+
+def overrides(owner: Any, name: str) -> bool:
+    """Whether a user's class, or the object itself, replaces a method."""
+    return name in vars(owner) or name in methods_of(owner)
+
+
+def walk(attributes: dict[str, Any]) -> Iterator[Held]:
+    """Each stateful object below `attributes`, once, in the order of the attributes.
+
+    Searches lists, tuples, dicts, `tf.Module`s, objects of users' classes, and functions (what they close over, and the
+    globals that they use). A Keras layer or model counts as one object, because Keras knows what is inside; but the
+    `tf.Variable`s among the attributes of a layer, which Keras does not track, are found next to it.
+    """
+    seen: set[int] = set()
+    tracked: set[int] = set()  # the variables that Keras knows
+
+    def visit(path: str, value: Any, is_own: bool) -> Iterator[Held]:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, _LEAVES):
+            is_variable = isinstance(value, VARIABLES)
+            is_bare = is_own and is_variable and not isinstance(value, keras.Variable)
+            yield Held(path, value, is_variable and _is_trainable(value), is_bare)
+            if isinstance(value, keras.Layer):
+                tracked.update(map(id, value.variables))
+                for index, layer in enumerate(all_layers(value)):
+                    yield from unknown(f"{path}/{index}", layer, layer)
+            return
+        is_own = is_own and isinstance(value, (dict, list, tuple))
+        for name, inner in _members(value):
+            yield from visit(f"{path}/{name}", inner, is_own)
+
+    def unknown(path: str, layer: keras.Layer, value: Any) -> Iterator[Held]:
+        for name, inner in vars(value).items() if value is layer else _members(value):
+            is_container = isinstance(inner, (dict, list, tuple)) and not name.startswith("_self_")
+            if id(inner) in seen or id(inner) in tracked or not (is_container or isinstance(inner, VARIABLES)):
+                continue
+            seen.add(id(inner))
+            if is_container:
+                yield from unknown(f"{path}/{name}", layer, inner)
+            else:
+                yield Held(f"{path}/{name}", inner, _is_trainable(inner) and layer.trainable, True)
+
+    for name, value in attributes.items():
+        yield from visit(name, value, True)
+
+
+def _is_trainable(variable: Any) -> bool:
+    """Whether gradients may change it: they do not exist for whole numbers, such as counters."""
+    dtype = tf.as_dtype(variable.dtype)
+    return bool(variable.trainable) and (dtype.is_floating or dtype.is_complex)
+
+
+def _members(value: Any) -> list[tuple[str, Any]]:
+    """What a container, module, function or object holds, by name, except what can hold nothing."""
+    if isinstance(value, (dict, list, tuple)) and len(value) > _MOST:
+        return []
+    if isinstance(value, dict):
+        members = [(str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, (list, tuple)):
+        members = [(str(index), inner) for index, inner in enumerate(value)]
+    elif isinstance(value, tf.Module):
+        members = [(name, inner) for name, inner in vars(value).items() if not name.startswith("_tf_")]
+    elif isinstance(value, functools.partial):
+        members = [("function", value.func), *_members(value.args), *_members(value.keywords)]
+    elif isinstance(value, tf.types.experimental.PolymorphicFunction):
+        members = [("function", value.python_function)]
+    elif inspect.ismethod(value):
+        members = [*_attributes(value.__self__), ("function", value.__func__)]
+    elif inspect.isfunction(value):
+        members = [] if _is_library(value) else _used(value)
+    else:
+        members = _attributes(value)
+    return [(name, inner) for name, inner in members if not isinstance(inner, _PLAIN)]
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """The attributes of an object of a user's class."""
+    is_searched = hasattr(value, "__dict__") and is_users(type(value)) and not isinstance(value, type)
+    return list(vars(value).items()) if is_searched and OURS not in vars(value) else []
+
+
+def _used(function: Any) -> list[tuple[str, Any]]:
+    """What a function closes over, and the globals that it uses."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    closed = []
+    for name, cell in cells:
+        with contextlib.suppress(ValueError):  # it is still empty
+            closed.append((name, cell.cell_contents))
+    used = [(n, function.__globals__[n]) for n in _global_names(function.__code__) if n in function.__globals__]
+    return closed + used
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> list[str]:
+    """From the instructions, because `co_names` also has the names of attributes; includes inner functions."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return sorted(names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))))
+
+
+def is_users(kind: type) -> bool:
+    """Whether objects of a class may hold models, metrics or variables of the user."""
+    return kind is types.SimpleNamespace or not _is_library(kind)
+
+
+def _is_library(value: Any) -> bool:
+    """Whether a function or class belongs to a library that holds no model of the user."""
+    module = getattr(value, "__module__", None) or ""
+    root, _, inner = module.partition(".")
+    is_ours = root == "looplab" and not inner.startswith("recipes")
+    return root in sys.stdlib_module_names or root in _LIBRARIES or is_ours

@@ -1,0 +1,154 @@
+"""Several steps in one graph call, with a step that is a plain function."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from looplab.loop.compiled import CallLogs, Compiled, Predictor, Rollback
+from looplab.loop.pace import Pace
+from looplab.loop.step import Meaning, StepLogs
+
+SPEC = tf.TensorSpec((None,), tf.float32)
+
+
+class Summing:
+    """A step that sums its batch into a variable, with a fault if the sum is 9, or -1 if it is 15."""
+
+    def __init__(self):
+        self.total, self.stop, self.faults = tf.Variable(0.0), tf.Variable(False), tf.Variable(0)
+
+    def step(self, batch):
+        total = tf.reduce_sum(batch)
+        self.total.assign_add(total)
+        fault = tf.where(total == 9, 3, tf.where(total == 15, -1, 0))
+        image = tf.cast(tf.fill((1, 1, 1, 1), total), tf.uint8)
+        return StepLogs({"sum": total, "whole": tf.cast(total, tf.int32)}, {"dot": image}, fault, tf.size(batch))
+
+    def _clear(self):
+        self.faults.assign_add(1)
+
+    def compiled(self, keep=False, **options):
+        held = [self.total] if keep else []
+
+        def get_held():
+            return held
+
+        rollback = Rollback(get_held, get_held, self._clear)
+        strategy = tf.distribute.get_strategy()
+        return Compiled(self.step, SPEC, {"dot": 2}, strategy, rollback, self.stop, **options)
+
+
+def batches(*rows, size=2):
+    return iter(tf.data.Dataset.from_tensor_slices(np.float32(rows)).batch(size))
+
+
+@pytest.fixture
+def summing():
+    return Summing()
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_runs_up_to_k_steps_and_returns_the_values_of_each(summing, run_eagerly):
+    compiled, data = summing.compiled(run_eagerly=run_eagerly), batches(1, 2, 3, 4, 5)
+    assert float(summing.total) == 0  # nothing has run
+    first, last = compiled(data, 2, 1), compiled(data, 7, 3)
+    assert (first.done, last.done) == (2, 1)
+    assert first.batch.has_value()
+    assert not last.batch.has_value()
+    for logs, sums, weights in (first, [3, 7], [2, 2]), (last, [5], [1]):
+        np.testing.assert_array_equal(logs.scalars["sum"], sums)
+        np.testing.assert_array_equal(logs.scalars["whole"], sums)
+        np.testing.assert_array_equal(logs.weights, weights)
+        np.testing.assert_array_equal(logs.faults, [0] * len(sums))
+    assert [index for index, _, _ in first.images + last.images] == [0, 0]  # of steps 1 and 3
+    assert compiled.names == ["sum", "whole"]
+    assert float(summing.total) == 15
+
+
+def test_faults_are_undone_and_end_the_call_if_there_are_too_many(summing):
+    rows = (1, 4, 5, 1, 8)  # the second and the fourth have a fault of 3
+    logs = summing.compiled(keep=True)(batches(*rows, 9, 0, 9, 1, size=1), 9, 1, most_faulty=1)
+    assert logs.faults.tolist() == [0, 0, 0, 0, 0, 3, 0, 3, 0]
+    assert float(summing.total) == 20
+    assert int(summing.faults) == 2
+    logs = summing.compiled()(batches(9, 9, 1, size=1), 9, 1, most_faulty=1)
+    assert logs.faults.tolist() == [3, 3]
+    logs = summing.compiled()(batches(9, 9, 1, size=1), 9, 1, faulty=1, most_faulty=1)
+    assert logs.faults.tolist() == [3]
+    logs = summing.compiled()(batches(1, 15, 1, size=1), 9, 1, most_faulty=5)
+    assert logs.faults.tolist() == [0, -1]
+
+
+def test_stops_after_the_running_step(summing):
+    compiled, data = summing.compiled(), batches(1, 2, 3, 4)
+    summing.stop.assign(True)
+    assert compiled(data, 9, 1).done == 1
+
+
+def test_a_step_that_only_reads_changes_copies(summing):
+    compiled = summing.compiled(read_only=True)
+    assert compiled(batches(1, 2), 9, 1).done == 1
+    assert float(summing.total) == 0
+    assert float(compiled.copies.of(summing.total)) == 3
+    assert any(variable is summing.total for variable in compiled.written)
+
+
+def test_knows_what_it_uses_writes_and_lacks(summing):
+    compiled = summing.compiled()
+    assert any(variable is summing.total for variable in compiled.written)
+    assert any(variable is summing.faults for variable in compiled.used)
+    held = [summing.total]
+    rollback = Rollback(list, held.copy, list)
+    lacking = Compiled(summing.step, SPEC, {"dot": 1}, tf.distribute.get_strategy(), rollback, summing.stop)
+    assert lacking.unkept == [summing.total]
+
+
+def test_eager_errors_undo_the_step(summing):
+    def failing(batch):
+        Summing.step(summing, batch)
+        raise ZeroDivisionError
+
+    summing.step = failing
+    compiled = summing.compiled(keep=True, run_eagerly=True)
+    with pytest.raises(ZeroDivisionError):
+        compiled(batches(1, 2), 1, 1)
+    assert float(summing.total) == 0
+
+
+def test_first_steps_of_a_call():
+    images = [(0, "dot", [b"a"]), (1, "dot", [b"b"])]
+    logs = CallLogs(2, np.array([4.0, 5.0]), {"sum": np.array([1.0, 2.0])}, images, np.array([0, 3]), None)
+    first = logs.first(1)
+    assert (first.done, first.weights.tolist(), first.faults.tolist()) == (1, [4], [0])
+    assert (first.scalars["sum"].tolist(), first.images) == ([1], images[:1])
+
+
+def test_predicts_one_batch_per_call():
+    counter = tf.Variable(0)
+
+    def step(batch):
+        counter.assign_add(1)
+        return 2 * batch
+
+    predictor = Predictor(step, SPEC, tf.distribute.get_strategy(), jit_compile=False, run_eagerly=False)
+    data = batches(1, 2, 3)
+    outputs = [predictor(data, 9).outputs.numpy().tolist() for _ in range(2)]
+    assert outputs == [[2, 4], [6]]
+    assert predictor(data, 9).done == 0
+    assert int(counter) == 0  # it counted on a copy
+    assert predictor.meaning == Meaning({}, frozenset(), frozenset())
+
+
+def test_pace_is_fixed_or_follows_the_time_of_a_step():
+    assert Pace(7).next() == 7
+    assert Pace(7).next(3, 9) == 3
+    pace = Pace("auto", seconds=1.0)
+    assert pace.next() == 1
+    pace.took(1, 0.25)
+    assert pace.next() == 4
+    pace.took(4, 0.0001)
+    assert pace.next() == 40  # at most ten times as many
+    pace.took(40, 100.0)
+    assert pace.next() == 1
+    pace.took(0, 0.0)
+    assert pace.next() == 1
