@@ -64,7 +64,7 @@ def test_no_file_has_more_than_300_lines():
     assert {name: length for name, length in lengths.items() if length > 300} == {}
 
 
-@pytest.mark.xfail(reason="`run` in cli/run.py has 77", strict=True)
+@pytest.mark.xfail(reason="`run` in cli/run.py has 78", strict=True)
 def test_no_function_has_more_than_60_lines():
     """Without its docstring."""
     lengths = {
