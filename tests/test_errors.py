@@ -273,7 +273,7 @@ def test_the_advice_about_generators_works():
 
 
 @pytest.mark.parametrize(
-    ("code", "told", "status"),
+    ("code", "text", "status"),
     [
         ("import math\nmath.squrt(3)", "AttributeError: module 'math' has no attribute 'squrt'", 1),
         ("import of_the_users", "ModuleNotFoundError: No module named 'of_the_users'", 1),
@@ -281,10 +281,10 @@ def test_the_advice_about_generators_works():
         ("", "python -m looplab: broken:build names no recipe function: module 'broken' has no attribute 'build'", 1),
     ],
 )
-def test_an_error_of_a_recipes_module_stays_what_it_is(code, told, status, tmp_path):
+def test_an_error_of_a_recipes_module_stays_what_it_is(code, text, status, tmp_path):
     (tmp_path / "broken.py").write_text(code)
     command = [sys.executable, "-m", "looplab", "broken:build"]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert (told in done.stderr, done.returncode) == (True, status)
+    assert (text in done.stderr, done.returncode) == (True, status)
     assert ("names no recipe" in done.stderr) == (not code)

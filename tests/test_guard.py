@@ -268,15 +268,15 @@ WHOLE = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "told", "eager"),
+    ("kind", "text", "eager"),
     # An eager step keeps all variables, whatever it does.
     [*((*values, False) for values in WHOLE.values()), (*WHOLE["one by itself"], True)],
 )
-def test_of_a_step_with_a_fault_nothing_stays(kind, told, eager, line):
+def test_of_a_step_with_a_fault_nothing_stays(kind, text, eager, line):
     trainer = kind(net(), optimizer=keras.optimizers.Adam(0.01), loss="mse", run_eagerly=eager)
     trainer.fit(poisoned(line), verbose=0)
     before = {path: value for path, value in state(trainer).items() if "metric" not in path}
-    with pytest.raises(FloatingPointError, match=rf"{told}.*, at step 11 .*The update was not made"):
+    with pytest.raises(FloatingPointError, match=rf"{text}.*, at step 11 .*The update was not made"):
         trainer.fit(poisoned(line, 4), verbose=0)
     after = state(trainer)
     for path, value in before.items():

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from looplab.checkpoint.files import CheckpointError
 from looplab.checkpoint.policy import Checkpoint
 from looplab.cli.arguments import REQUIRED, Argument, arguments, class_of, metavar, read, spec_of, without_none
+from looplab.cli.make import predict, summarize
 from looplab.cli.recipe import Recipe, UsageError, module_name
-from looplab.cli.run import predict, run, summarize
+from looplab.cli.run import run
 from looplab.compat import accept_negative_numbers
 from looplab.data.named import DataError
 from looplab.summaries.lock import InUseError

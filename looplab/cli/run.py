@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,13 @@ from looplab.callbacks import shown, write_png
 from looplab.checkpoint.callbacks import config_of
 from looplab.checkpoint.policy import Checkpoint
 from looplab.cli import report
-from looplab.cli.folder import NOT_ARGUMENTS, RUN_FILES, RunFolder, read_config
+from looplab.cli.folder import RUN_FILES, RunFolder
+from looplab.cli.make import check_weights, make, precision_policy
 from looplab.cli.recipe import Recipe, UsageError, defaults, module_name, path_argument
 from looplab.cli.resume import as_before, has_checkpoint, is_finished, not_json
-from looplab.data.named import Data, Unread, read_picture
+from looplab.data.named import Data
 from looplab.summaries.lock import no_other_run
 from looplab.warn import say
-
-# What `run` takes for itself, or writes to config.json; `seed` and `log_dir` a recipe gets from it.
-_TAKEN = {"resume", "weights", "precision", "plot", "verbose", *NOT_ARGUMENTS} - {"log_dir"}
 
 
 def run(
@@ -81,54 +77,85 @@ def run(
     folder = RunFolder(resume or log_dir, _name(recipe))
     goes_on = resume is not None and has_checkpoint(folder.path)  # else it begins anew, from its weights
     _check_files(folder.path, weights if resume is None else None, plot, is_new=resume is None)
-    began = time.time()
-    with _precision(precision):
+    started = time.time()
+    with precision_policy(precision):
         ready = make(recipe, seed, log_dir=folder.path, **arguments)
         if resume is not None and is_finished(ready, folder):
             say(f"looplab: the {ready.epochs} epochs of {folder.path} are done: it is left as it is.")
             ready.build(folder.path / "model.weights.h5")
             return ready
         if weights is not None and not goes_on:
-            _check_weights(weights)
+            check_weights(weights)
             ready.build(weights)
         checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
         config = {**own, **arguments, "seed": seed, "precision": precision, "weights": weights and str(weights)}
-        for name in ("epochs", "batch_size"):  # where a recipe chose them
+        for name in ("epochs", "batch_size"):  # if the recipe chose them
             config[name] = getattr(ready, name) if config.get(name) is None else config[name]
-        optimizers = {path: config_of(optimizer) for path, optimizer in ready.trainer.optimizers.items()}
-        told = {"recipe": f"{module_name(recipe)}:{recipe.__name__}", **config, "optimizers": optimizers}
-        told["total_epochs"] = ready.epochs
-        told["not_json"] = not_json(recipe, {n: value for n, value in config.items() if value is not own.get(n, ...)})
 
-        def begin() -> None:
-            folder.write_config(told, recipe, ready.data)
+        def start() -> None:
+            folder.write_config(_described(recipe, ready, config, own), recipe, ready.data)
             ready.trainer.log_hparams(_flat(config))
             if report.missing():
                 say("looplab: no report and no pictures: pip install 'looplab[report]' adds them.")
             elif ready.predict:
                 _show_samples(ready, folder)
 
-        if verbose != 0:
-            logs = shlex.quote(str(folder.path.parent))
-            say(f"To watch it: tensorboard --logdir {logs} --samples_per_plugin scalars=999999999")
-        if resume is None:
-            begin()  # before the step is traced, which takes long: it can be gone on with from here on
-            history = ready.fit(verbose).history
-        else:  # what is there is not touched before `fit` has found that it can go on
-            callbacks = [_AtBeginning(begin), *ready.callbacks]
-            history = dataclasses.replace(ready, callbacks=callbacks).fit(verbose, resume=True).history
-        ready.trainer.save_weights(folder.path / "model.weights.h5")
-        if not report.missing():
-            text = _report(ready, folder, history, plot)
-            if text and verbose != 0:
-                say(text)
-        seconds = folder.write_history(history, began, ready.trainer.steps)  # last: with it the run is finished
+        history, seconds = _train(ready, folder, start, started, plot, verbose, is_resumed=resume is not None)
     if verbose != 0:
         last = shown({name: values[-1] for name, values in history.items() if values})
         values = ", ".join(f"{name}={value}" for name, value in last.items())
         done = f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}"
         say(f"{done}: {values}" if values else done)
     return ready
+
+
+def _train(
+    ready: Recipe,
+    folder: RunFolder,
+    start: Callable[[], None],
+    started: float,
+    plot: Path | None,
+    verbose: int | str,
+    is_resumed: bool,
+) -> tuple[dict[str, list[float]], float]:
+    """Trains a recipe, and writes what a run leaves; its history, and how many seconds the run took."""
+    if verbose != 0:
+        logs = shlex.quote(str(folder.path.parent))
+        say(f"To watch it: tensorboard --logdir {logs} --samples_per_plugin scalars=999999999")
+    if not is_resumed:
+        start()  # before the step is traced, which takes long: the run can be resumed from here on
+        history = ready.fit(verbose).history
+    else:  # nothing is changed before `fit` has found that it can resume
+        callbacks = [_AtStart(start), *ready.callbacks]
+        history = dataclasses.replace(ready, callbacks=callbacks).fit(verbose, resume=True).history
+    ready.trainer.save_weights(folder.path / "model.weights.h5")
+    if not report.missing():
+        text = _report(ready, folder, history, plot)
+        if text and verbose != 0:
+            say(text)
+    seconds = folder.write_history(history, started, ready.trainer.steps)  # last: with it the run is finished
+    return history, seconds
+
+
+def _described(
+    recipe: Callable[..., Recipe], ready: Recipe, config: dict[str, Any], own: dict[str, Any]
+) -> dict[str, Any]:
+    """What `config.json` says about a run's arguments.
+
+    Args:
+        recipe: The recipe function.
+        ready: What it returned.
+        config: All arguments.
+        own: The defaults of the recipe function.
+    """
+    chosen = {name: value for name, value in config.items() if value is not own.get(name, ...)}
+    return {
+        "recipe": f"{module_name(recipe)}:{recipe.__name__}",
+        **config,
+        "optimizers": {path: config_of(optimizer) for path, optimizer in ready.trainer.optimizers.items()},
+        "total_epochs": ready.epochs,
+        "not_json": not_json(recipe, chosen),
+    }
 
 
 def _name(recipe: Callable[..., Recipe]) -> str:
@@ -139,88 +166,17 @@ def _name(recipe: Callable[..., Recipe]) -> str:
     return file.parent.name if file.stem == "__main__" else file.stem
 
 
-class _AtBeginning(keras.callbacks.Callback):
-    """Calls a function when the training begins."""
+class _AtStart(keras.callbacks.Callback):
+    """Calls a function when training starts."""
 
     stateless = True
 
-    def __init__(self, begin: Callable[[], None]):
+    def __init__(self, start: Callable[[], None]):
         super().__init__()
-        self._begin = begin
+        self._start = start
 
     def on_train_begin(self, logs=None):
-        self._begin()
-
-
-def predict(
-    recipe: Callable[..., Recipe],
-    pictures: Sequence[str | Path],
-    weights: str | Path,
-    *,
-    precision: str = "float32",
-    **options: Any,
-) -> list[tuple[str, float]]:
-    """The most probable class, and its probability, for each picture file, by the weights of a trained recipe.
-
-    Pictures are PNG or JPEG files of any size, which are scaled to that of the recipe's images.
-    """
-    weights = path_argument("weights", weights)
-    _check_weights(weights)
-    trained_on = (read_config(weights).get("data_source") or {}).get("name")
-    with _precision(precision):
-        ready = _make_unread(recipe, **options)
-        if ready.predict is None or ready.data is None:
-            raise UsageError(f"recipe `{recipe.__name__}` tells no classes: there is nothing to predict.")
-        if trained_on not in (None, ready.data.name):
-            raise UsageError(f"`weights` {weights} learned from {trained_on}: pass --dataset {trained_on}.")
-        shape = ready.data.x_train.shape[1:]
-        images = np.stack([read_picture(path_argument("pictures", picture), shape) for picture in pictures])
-        ready.build(weights)
-        probabilities = ready.predict(images)
-    return [(ready.data.classes[row.argmax()], float(row.max())) for row in probabilities]
-
-
-def summarize(recipe: Callable[..., Recipe], *, precision: str = "float32", **options: Any) -> None:
-    """Prints the layers of a recipe's models, with their output shapes and parameters."""
-    with _precision(precision):
-        ready = _make_unread(recipe, **options)
-        ready.build()
-        ready.trainer.summary()
-
-
-def make(recipe: Callable[..., Recipe], seed: int, **options: Any) -> Recipe:
-    """What the recipe function returns."""
-    keras.utils.set_random_seed(seed)
-    if taken := set(inspect.signature(recipe).parameters) & _TAKEN:
-        raise UsageError(f"recipe `{recipe.__name__}`: call its argument `{taken.pop()}` otherwise, looplab has it.")
-    try:
-        inspect.signature(recipe).bind(seed=seed, **options)
-    except TypeError as error:
-        raise UsageError(
-            f"recipe `{recipe.__name__}`: {error}. It takes its own arguments, and **options for the Trainer."
-        ) from error
-    return recipe(seed=seed, **options)
-
-
-def _make_unread(recipe: Callable[..., Recipe], seed: int = 0, **options: Any) -> Recipe:
-    """The recipe without its data, where that is a `Data`, and without a folder."""
-    arguments = {**defaults(recipe), **options}
-    unread = {name: Unread(value.dataset) for name, value in arguments.items() if isinstance(value, Data)}
-    return make(recipe, seed, **{**options, **unread, "log_dir": None})
-
-
-@contextlib.contextmanager
-def _precision(policy: str) -> Iterator[None]:
-    """Within it, Keras makes layers with this policy."""
-    known = ("float32", "mixed_bfloat16", "mixed_float16")
-    if policy not in known:
-        raise UsageError(f"`precision` must be one of {', '.join(known)}; got {policy!r}.")
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
+        self._start()
 
 
 def _show_samples(ready: Recipe, folder: RunFolder) -> None:
@@ -261,7 +217,7 @@ def _check_files(folder: Path, weights: str | Path | None, plot: str | Path | No
             )
     _check_writable("log_dir", folder)
     if weights is not None:
-        _check_weights(weights)
+        check_weights(weights)
     if plot is not None:
         if report.missing():
             raise UsageError("`plot` needs matplotlib and scikit-learn: pip install 'looplab[report]'.")
@@ -275,11 +231,6 @@ def _check_writable(argument: str, path: Path) -> None:
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not (existing.is_dir() or argument == "plot") or not os.access(existing, os.W_OK):
         raise UsageError(f"`{argument}` {path} cannot be made: {existing} is no folder, or not writable.")
-
-
-def _check_weights(weights: str | Path) -> None:
-    if not (Path(weights).is_file() and str(weights).endswith(".weights.h5")):
-        raise UsageError(f"`weights` must be a file whose name ends in .weights.h5; {weights} is none.")
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Engine:
                 logs = sound = logs._replace(outputs=take_outputs(logs.batch.get_value(), outputs))
             if hooks:
                 with self.metrics.visible(step, hooks):
-                    _end_batches(kind, hooks, step.meaning, sound, done, begin=asked > 1)
+                    _end_batches(kind, hooks, step.meaning, sound, done, starts=asked > 1)
             if stops:
                 raise self._fault(kind, batches.name, progress, logs)
             skipped += int((logs.faults != 0).sum())
@@ -256,7 +256,7 @@ def _begin_batch(kind: str, hooks: Sequence[Any], number: int) -> None:
         getattr(hook, f"on_{kind}_batch_begin")(number, {})
 
 
-def _end_batches(kind: str, hooks: Sequence[Any], meaning: Meaning, logs: CallLogs, first: int, begin: bool) -> None:
+def _end_batches(kind: str, hooks: Sequence[Any], meaning: Meaning, logs: CallLogs, first: int, starts: bool) -> None:
     """Calls the hooks for each step that a graph call ran, with the values of that step."""
     columns = {name: v.tolist() for name, v in _without(meaning.rates | meaning.parts, logs.scalars).items()}
     for index in range(logs.done):
@@ -264,7 +264,7 @@ def _end_batches(kind: str, hooks: Sequence[Any], meaning: Meaning, logs: CallLo
         if logs.outputs is not None:
             values["outputs"] = logs.outputs
         for hook in hooks:
-            if begin:
+            if starts:
                 getattr(hook, f"on_{kind}_batch_begin")(first + index, {})
             getattr(hook, f"on_{kind}_batch_end")(first + index, values)
 
