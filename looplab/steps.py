@@ -142,6 +142,7 @@ class Steps:
         if optimizer is None:
             raise ValueError("There is no optimizer: pass `optimizer` to the trainer or to `minimize`.")
         step_checks.new_variables(optimizer, variables)
+        runner.prepare(optimizer, variables)
         # Scales the gradient rather than the loss, whose value is logged.
         replicas = runner.strategy.num_replicas_in_sync
         one = tf.ones_like(loss) / replicas
@@ -152,7 +153,6 @@ class Steps:
             runner.warn_of_bare_variables(variables, gradients)
         step.guard.apply(optimizer, gradients, variables, loss, step.rows)
         step.is_guarded = True
-        runner.trained(optimizer, variables)
         if scale is one and replicas == 1:
             return gradients
         return [gradient if gradient is None else _divided(gradient, scale) for gradient in gradients]

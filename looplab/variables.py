@@ -68,12 +68,6 @@ class Variables:
         """All variables but those of optimizers."""
         return _once(self.held() + self.strays())
 
-    def untrained(self) -> list[Any]:
-        """The variables that no optimizer changes: metrics, seeds, moving means; with replicas, that of each."""
-        trained = {id(variable) for variable in self._owner.trainable_variables}
-        whole = (variable for variable in self.state() if id(variable) not in trained)
-        return [part for variable in whole for part in of_each_replica(variable).values()]
-
     def changeable(self) -> list[Any]:
         """The variables that a training step may change; with replicas, those of each."""
         whole = [*self.state(), *(v for optimizer in self.optimizers().values() for v in optimizer.variables)]

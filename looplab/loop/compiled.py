@@ -42,17 +42,6 @@ class CallLogs(NamedTuple):
         )
 
 
-class Rollback(NamedTuple):
-    """How to undo what a step with a fault has changed."""
-
-    kept: Callable[[], Sequence[Any]]
-    """Returns the variables whose values are kept before a step."""
-    changed: Callable[[], Sequence[Any]]
-    """Returns, after a step, the variables that it may have changed although it has a fault."""
-    clear: Callable[[], None]
-    """Forgets the fault."""
-
-
 class Compiled:
     """A step as a graph call that runs up to K steps and returns the logs of each.
 
@@ -65,7 +54,6 @@ class Compiled:
         element_spec: The signature of a batch, as `tf.data` gives it.
         image_every: By image name, n: an image is written at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
         strategy: Where the step runs. The replicas' scalars are averaged, weighted by their numbers of examples.
-        rollback: Restores variables after a step with a fault.
         read_only: Whether the step changes copies of the variables that it would change: see `copies`.
         stop: A bool variable: once it is true, the running step is the last one.
         jit_compile: Whether XLA compiles the step.
@@ -78,7 +66,6 @@ class Compiled:
         element_spec: Any,
         image_every: dict[str, int],
         strategy: tf.distribute.Strategy,
-        rollback: Rollback,
         stop: tf.Variable,
         read_only: bool = False,
         jit_compile: bool = False,
@@ -90,13 +77,12 @@ class Compiled:
         """What the scalars are, once the step has run or was traced."""
         self.names: list[str] = []
         """Of the scalars, once the step has run or was traced."""
-        self.unkept: list[Any] = []
-        """Variables that must be restored after a fault, and whose values were not kept."""
+        self.restored: Callable[[], Sequence[Any]] = list
+        """Returns the variables that get their values back after a step with a fault, with replicas those of each."""
         self._image_names: list[str] = []
         self._step = step
         self._image_every = image_every
         self._strategy = strategy
-        self._rollback = rollback
         self._stop = stop
         self._traced: Callable | None = None
         with recording():
@@ -166,7 +152,6 @@ class Compiled:
 
     def _whole_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
         """One step on all replicas: the number of examples, float64 means weighted by it, images, and the fault."""
-        before = {id(variable): tf.convert_to_tensor(variable) for variable in self._rollback.kept()}
 
         def replica_step(batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
             logs = self._step(batch)
@@ -179,26 +164,30 @@ class Compiled:
                 sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
             return weight, sums, logs.images, logs.fault
 
-        try:
-            weight, sums, images, fault = self._strategy.run(replica_step, (batch,))
-        except Exception:
-            if self.eager:  # what the step changed before it failed
-                _restore(self._rollback.kept(), before)
-            raise
+        weight, sums, images, fault = self._strategy.run(replica_step, (batch,))
         with tf.name_scope("logs"):
             total = self._strategy.reduce("SUM", weight, axis=None)
             means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
             fault = self._worst(fault)
         images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
-        changed = self._rollback.changed()
-        self.unkept = [variable for variable in changed if id(variable) not in before]
+        return total, means, images, fault
+
+    def _sound_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
+        """One step; one with a fault leaves no trace in the variables."""
+        variables = [self.copies.written_for(variable) for variable in self.restored()]
+        before = [(variable, tf.convert_to_tensor(variable)) for variable in variables]
 
         def undo() -> None:
-            _restore(changed, before)
-            self._rollback.clear()
+            for variable, value in before:
+                variable.assign(value)
 
+        try:
+            weight, scalars, images, fault = self._whole_step(batch) if self.eager else self._one_step(batch)
+        except Exception:  # in eager mode, after a part of the step
+            undo()
+            raise
         tf.cond(tf.equal(fault, 0), lambda: None, undo)
-        return total, means, images, fault
+        return weight, scalars, images, fault
 
     def _worst(self, codes: Any) -> tf.Tensor:
         """Of the replicas' codes the lowest if one is negative, else the highest."""
@@ -211,7 +200,6 @@ class Compiled:
     def _call(self, iterator, first, steps, faulty, most_faulty):
         """The loop around the step: a graph, or in eager mode run by Python."""
         size = 0 if self.eager else steps
-        step = self._whole_step if self.eager else self._one_step
         row_shape = None if self.eager else (2 + len(self.names),)
         picture_shape = None if self.eager else (len(self._image_names),)
         rows = tf.TensorArray(tf.float64, size, dynamic_size=self.eager, element_shape=row_shape)
@@ -219,7 +207,7 @@ class Compiled:
         done, continues = tf.constant(0), tf.constant(True)
         batch = iterator.get_next_as_optional()
         while continues & batch.has_value():
-            weight, scalars, images, fault = step(batch.get_value())
+            weight, scalars, images, fault = self._sound_step(batch.get_value())
             values = [weight, _wide(fault), *(scalars[name] for name in self.names)]
             rows = rows.write(done, tf.stack(values))
             pictures = pictures.write(done, self._encoded(images, first + tf.cast(done, tf.int64)))
@@ -277,12 +265,6 @@ class Predictor:
             return CallLogs(0, np.zeros(0), {}, [], np.zeros(0, int), batch)
         outputs = self._call(batch.get_value())
         return CallLogs(1, np.ones(1), {}, [], np.zeros(1, int), batch, outputs)
-
-
-def _restore(variables: Sequence[Any], before: dict[int, tf.Tensor]) -> None:
-    for variable in variables:
-        if id(variable) in before:
-            variable.assign(before[id(variable)])
 
 
 def _wide(value: tf.Tensor) -> tf.Tensor:

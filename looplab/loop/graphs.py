@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import re
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -14,6 +16,7 @@ from looplab.compat import EAGER_VARIABLE, Hooks, read_only_inputs
 from looplab.variables import plain
 
 _READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape")
+_ahead = contextvars.ContextVar("ahead", default=False)
 _CHANGING = re.compile("LookupTable(Insert|Remove|Import)|Queue(Enqueue|Dequeue)")
 
 
@@ -21,8 +24,8 @@ def trace(function: Callable[..., Any], *specs: Any, jit_compile: bool = False) 
     """The `tf.function` of a function, traced for these signatures.
 
     Variables that it creates get their values immediately, outside the graph, so none is left without a value if the
-    trace fails. Like `tf.function`, this traces once more if any were created: objects that are not built yet may have
-    been traced differently, such as a `LossScaleOptimizer`. The graph is released with the function.
+    trace fails. Like `tf.function`, this traces once more if any were created outside of `creating_ahead`: objects that
+    are not built yet may have been traced differently. The graph is released with the function.
     """
     created: list[tf.Variable] = []
 
@@ -30,8 +33,10 @@ def trace(function: Callable[..., Any], *specs: Any, jit_compile: bool = False) 
         if tf.is_symbolic_tensor(options.get("initial_value")):  # which only the graph can compute
             return next_creator(**options)
         with tf.init_scope():
-            created.append(next_creator(**{**options, **EAGER_VARIABLE}))
-        return created[-1]
+            variable = next_creator(**{**options, **EAGER_VARIABLE})
+        if not _ahead.get():
+            created.append(variable)
+        return variable
 
     def creating(*arguments: Any) -> Any:
         with tf.variable_creator_scope(create):
@@ -43,6 +48,16 @@ def trace(function: Callable[..., Any], *specs: Any, jit_compile: bool = False) 
 
     concrete = traced()
     return traced() if created else concrete
+
+
+@contextlib.contextmanager
+def creating_ahead() -> Iterator[None]:
+    """Inside it, a step creates variables before it uses them: the rest is traced as if they had existed."""
+    token = _ahead.set(True)
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
 
 
 def _registering(
@@ -125,6 +140,11 @@ class Copies:
         """Brings the copies to what their variables are now."""
         for variable, copy in self.pairs:
             copy.assign(variable)
+
+    def written_for(self, variable: Any) -> Any:
+        """What the function changes where it would change this variable: its copy, or else itself."""
+        copy = self.of(variable)
+        return variable if copy is None else copy
 
     def of(self, variable: Any) -> tf.Variable | None:
         """The copy of a Keras or TensorFlow variable, if the function changes it."""

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.loop.graphs import written
-from looplab.variables import path_of, plain
+from looplab.variables import of_each_replica, path_of, plain
 
 NO_ROWS = "the batch has no rows: filter empty ones out"
 _LARGE = 2**14  # elements
@@ -91,14 +91,10 @@ class Guard:
         """int32: 0, or the code of the first fault of the running step on this replica."""
         return tf.convert_to_tensor(self._fault)
 
-    def clear(self) -> None:
-        """Forgets the fault, which has been dealt with."""
-        self._fault.assign(0)
-
     @property
     def variables(self) -> list[tf.Variable]:
-        """Its own."""
-        return [self._fault]
+        """Its own; with replicas, those of each."""
+        return [*of_each_replica(self._fault).values()]
 
     def report(self, wrong: tf.Tensor, messages: Sequence[str], skippable: bool = False) -> None:
         """Records the first fault, if any: `wrong` is a vector of bools with a message for each."""
@@ -126,21 +122,15 @@ class Guard:
             self.report(~_are_finite(values), messages, skippable=True)
 
     def changed_otherwise(self, variables: Sequence[Any]) -> list[Any]:
-        """The variables that the traced step may change outside of `apply`; in eager mode, all."""
-        return self._changed(variables, ignoring=self._applied)
-
-    def to_restore(self, variables: Sequence[Any]) -> list[Any]:
-        """The variables that the traced step may have changed although it has a fault; in eager mode, all."""
-        decides = self._ends_with_apply and len(self._applied) == 1
-        return self._changed(variables, ignoring=self._applied if decides else ())
-
-    @staticmethod
-    def _changed(variables: Sequence[Any], ignoring: Sequence[list[tf.Operation]]) -> list[Any]:
+        """The variables that the step may change outside of `apply`; in eager mode, all."""
         if tf.executing_eagerly():
             return list(variables)
-        graph = tf.compat.v1.get_default_graph()
-        handles = written(set(graph.get_operations()).difference(*ignoring))
-        return [variable for variable in variables if id(graph.capture(plain(variable).handle)) in handles]
+        return _changed(variables, tf.compat.v1.get_default_graph(), ignoring=self._applied)
+
+    def to_restore(self, variables: Sequence[Any], graph: Any) -> list[Any]:
+        """The variables that the step, just traced as `graph`, may have changed although it has a fault."""
+        decides = self._ends_with_apply and len(self._applied) == 1
+        return _changed(variables, graph, ignoring=self._applied if decides else ())
 
     def apply(
         self,
@@ -156,11 +146,9 @@ class Guard:
         While a `LossScaleOptimizer` scales the loss, it deals with gradients that are not finite itself.
 
         Args:
+            optimizer: One that is built, because the update runs in a branch, in which no variable can be created.
             rows: How many examples this replica has, or 1 where it may have none.
         """
-        if not optimizer.built:  # before the branch, in which no variable can be created
-            with keras.name_scope(optimizer.name, caller=optimizer):
-                optimizer.build(list(variables))
         known = [(v, g) for v, g in zip(variables, gradients, strict=True) if g is not None]
         numbers = [tf.cast(g.values if isinstance(g, tf.IndexedSlices) else g, tf.float32) for _, g in known]
         squares = tf.add_n([tf.nn.l2_loss(group) for group in _grouped(numbers)])
@@ -200,6 +188,13 @@ class Guard:
         if message not in self._messages:
             self._messages.append(message)
         return self._messages.index(message)
+
+
+def _changed(variables: Sequence[Any], graph: Any, ignoring: Sequence[list[tf.Operation]]) -> list[Any]:
+    """The variables that the operations of a `tf.function` may change, except some of them."""
+    inside = written(set(graph.get_operations()).difference(*ignoring))
+    outside = {id(external) for external, internal in graph.captures if id(internal) in inside}
+    return [variable for variable in variables if id(plain(variable).handle) in outside]
 
 
 def _are_finite(values: Sequence[Any]) -> tf.Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.compat import direction, is_function_graph
+from looplab.loop.graphs import creating_ahead
 from looplab.walk import is_users
 
 
@@ -79,7 +80,7 @@ class BatchMetrics:
         """Each variable of a metric with its copy, which is created if needed."""
         missing = [variable for variable in metric.variables if id(variable) not in self._copies]
         if missing:
-            with tf.init_scope():
+            with tf.init_scope(), creating_ahead():
                 with keras.StatelessScope() as scope:
                     metric.reset_state()
                 for variable in missing:

@@ -12,6 +12,7 @@ import tensorflow as tf
 from looplab.checkpoint.callbacks import settings_of
 from looplab.loop import plausible, step_checks
 from looplab.loop.context import Step
+from looplab.loop.graphs import creating_ahead
 from looplab.loop.weights import align
 from looplab.warn import Warnings
 
@@ -127,6 +128,9 @@ class Objective:
         metrics = [metric for metric in self.compiled.metrics[1:] if metric not in by_output.values()]
         with step_checks.structures(y_pred, y=y, metrics=self.metrics):
             for metric in metrics:
+                if not getattr(metric, "built", True):
+                    with creating_ahead():
+                        metric.build(y, y_pred)
                 metric.update_state(y, y_pred, sample_weight)
         self._check_metrics(inner for metric in metrics for inner in getattr(metric, "metrics", [metric]))
         by_name = [*((metric.name, metric) for metric in metrics), *by_output.items()]

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from looplab.loop import context, plausible, step_checks
+from looplab.loop.graphs import creating_ahead
 from looplab.loop.guard import NO_ROWS, Guard
 from looplab.loop.metrics import BatchMetrics, Named, Source
 from looplab.loop.objective import LOSS_PART, Objective
@@ -122,8 +123,11 @@ class StepRunner:
         metrics = self.batch_metrics.step(kind, self.trainer.metrics)
         return context.Step(kind, self.guard, metrics, self.image_every[kind])
 
-    def trained(self, optimizer: keras.Optimizer, variables: list[Any]) -> None:
-        """Holds what a step trains, and with which optimizer."""
+    def prepare(self, optimizer: keras.Optimizer, variables: list[Any]) -> None:
+        """Builds an optimizer, and holds it and what it trains."""
+        if not optimizer.built:
+            with creating_ahead(), keras.name_scope(optimizer.name, caller=optimizer):
+                optimizer.build(variables)
         self.variables.adopt("optimizers", [optimizer])
         self.variables.adopt("variables", variables)
         self.minimized[id(optimizer)] = optimizer, variables

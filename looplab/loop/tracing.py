@@ -16,7 +16,7 @@ import tensorflow as tf
 from looplab.compat import all_layers, learning_rate, of_one_replica
 from looplab.data.batches import changes
 from looplab.data.randomness import random_operations
-from looplab.loop.compiled import Compiled, Predictor, Rollback
+from looplab.loop.compiled import Compiled, Predictor
 from looplab.loop.errors import raise_own
 from looplab.loop.step import StepRunner
 from looplab.walk import OURS
@@ -93,34 +93,26 @@ class Tracer:
         # Eager batches do not say which dimensions are fixed.
         signature = tf.nest.map_structure(of_one_replica, element_spec) if eagerly else None
         step = functools.partial(runner.run, kind, self._step_function(kind), signature)
-        metrics, loop = None, None
-        kept: list[Any] = []
-        strays: list[Any] = []
-        # What only a guarded update changes is not kept, which would cost a copy.
-        rollback = Rollback(
-            kept=(lambda: variables.changeable() if eagerly else [*variables.untrained(), *kept]) if trains else list,
-            changed=(lambda: guard.to_restore(variables.changeable())) if trains else list,
-            clear=guard.clear,
+        loop = Compiled(
+            step,
+            element_spec,
+            runner.image_every[kind],
+            runner.strategy,
+            self.stop,
+            read_only=not trains,
+            jit_compile=trainer.jit_compile,
+            run_eagerly=eagerly,
         )
-        # A trace does not see the metrics that it creates, nor its strays; and what else has to be kept is known once
-        # the step was traced.
-        while loop is None or metrics != trainer.metrics or loop.unkept or len(strays) < len(variables.strays()):
-            metrics, strays = trainer.metrics, variables.strays()
-            loop = Compiled(
-                step,
-                element_spec,
-                runner.image_every[kind],
-                runner.strategy,
-                rollback,
-                self.stop,
-                read_only=not trains,
-                jit_compile=trainer.jit_compile,
-                run_eagerly=eagerly,
-            )
-            kept.extend(loop.unkept)
-            if not eagerly:
-                self._meanings[kind] = loop.meaning
-                self._find_strays(kind, loop)
+        if not eagerly:
+            self._meanings[kind] = loop.meaning
+            self._find_strays(kind, loop)
+        if not trains:
+            loop.restored = lambda: guard.variables
+        elif loop.graph is None:
+            loop.restored = lambda: [*variables.changeable(), *guard.variables]
+        else:
+            found = [*guard.to_restore(variables.changeable(), loop.graph), *guard.variables]
+            loop.restored = lambda: found
         loop.meaning = self._meanings.get(kind, loop.meaning)  # in eager mode, that of the trace that a resume makes
         return loop
 

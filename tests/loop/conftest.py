@@ -58,6 +58,7 @@ class Bare:
     def train_step(self, x):
         """Adds one to the weight, if the loss is finite."""
         loss = tf.reduce_mean(x)
+        self.runner.prepare(self.optimizer, [self.weight])
         self.runner.guard.apply(self.optimizer, [tf.constant(-1.0)], [self.weight], loss, tf.shape(x)[0])
         self.seen.update_state(x)
         return {"loss": loss, "seen": self.seen.result()}

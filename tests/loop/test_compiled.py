@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from looplab.loop.compiled import CallLogs, Compiled, Predictor, Rollback
+from looplab.loop.compiled import CallLogs, Compiled, Predictor
 from looplab.loop.pace import Pace
 from looplab.loop.step import Meaning, StepLogs
 
@@ -15,7 +15,7 @@ class Summing:
     """A step that sums its batch into a variable, with a fault if the sum is 9, or -1 if it is 15."""
 
     def __init__(self):
-        self.total, self.stop, self.faults = tf.Variable(0.0), tf.Variable(False), tf.Variable(0)
+        self.total, self.stop = tf.Variable(0.0), tf.Variable(False)
 
     def step(self, batch):
         total = tf.reduce_sum(batch)
@@ -24,18 +24,10 @@ class Summing:
         image = tf.cast(tf.fill((1, 1, 1, 1), total), tf.uint8)
         return StepLogs({"sum": total, "whole": tf.cast(total, tf.int32)}, {"dot": image}, fault, tf.size(batch))
 
-    def _clear(self):
-        self.faults.assign_add(1)
-
     def compiled(self, keep=False, **options):
-        held = [self.total] if keep else []
-
-        def get_held():
-            return held
-
-        rollback = Rollback(get_held, get_held, self._clear)
-        strategy = tf.distribute.get_strategy()
-        return Compiled(self.step, SPEC, {"dot": 2}, strategy, rollback, self.stop, **options)
+        compiled = Compiled(self.step, SPEC, {"dot": 2}, tf.distribute.get_strategy(), self.stop, **options)
+        compiled.restored = lambda: [self.total] if keep else []
+        return compiled
 
 
 def batches(*rows, size=2):
@@ -70,7 +62,6 @@ def test_faults_are_undone_and_end_the_call_if_there_are_too_many(summing):
     logs = summing.compiled(keep=True)(batches(*rows, 9, 0, 9, 1, size=1), 9, 1, most_faulty=1)
     assert logs.faults.tolist() == [0, 0, 0, 0, 0, 3, 0, 3, 0]
     assert float(summing.total) == 20
-    assert int(summing.faults) == 2
     logs = summing.compiled()(batches(9, 9, 1, size=1), 9, 1, most_faulty=1)
     assert logs.faults.tolist() == [3, 3]
     logs = summing.compiled()(batches(9, 9, 1, size=1), 9, 1, faulty=1, most_faulty=1)
@@ -93,14 +84,10 @@ def test_a_step_that_only_reads_changes_copies(summing):
     assert any(variable is summing.total for variable in compiled.written)
 
 
-def test_knows_what_it_uses_writes_and_lacks(summing):
+def test_knows_what_it_uses_and_writes(summing):
     compiled = summing.compiled()
     assert any(variable is summing.total for variable in compiled.written)
-    assert any(variable is summing.faults for variable in compiled.used)
-    held = [summing.total]
-    rollback = Rollback(list, held.copy, list)
-    lacking = Compiled(summing.step, SPEC, {"dot": 1}, tf.distribute.get_strategy(), rollback, summing.stop)
-    assert lacking.unkept == [summing.total]
+    assert any(variable is summing.total for variable in compiled.used)
 
 
 def test_eager_errors_undo_the_step(summing):

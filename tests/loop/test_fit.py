@@ -123,7 +123,7 @@ def test_saves_when_it_is_due_and_resumes_there(bare, tmp_path, capfd):
 
 def test_averages_become_weights_at_the_end(bare):
     trainer = bare(optimizer=keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5))
-    trainer.runner.trained(trainer.optimizer, [trainer.weight])
+    trainer.runner.prepare(trainer.optimizer, [trainer.weight])
     fit(trainer, epochs=1)
     assert float(trainer.weight) == 1.5  # the average of 1 and 2
 

@@ -17,6 +17,7 @@ def kernel():
 
 def apply(guard, kernel, gradient=(1.0, 1.0), loss=0.0, rows=1, optimizer=None):
     optimizer = optimizer or keras.optimizers.SGD(0.5)
+    optimizer.build([kernel])
     guard.apply(optimizer, [tf.constant(gradient)], [kernel], tf.constant(loss), rows)
     return guard.message(int(guard.fault()))
 
@@ -29,11 +30,11 @@ def test_keeps_the_first_fault_until_it_is_cleared():
     guard.report(tf.constant([True]), ["c"])
     assert int(guard.fault()) < 0
     assert guard.message(int(guard.fault())) == "b"
-    guard.clear()
+    guard.variables[0].assign(0)
     guard.report(tf.constant([True, True]), ["c", NO_ROWS], skippable=True)
     assert int(guard.fault()) > 0
     assert guard.message(int(guard.fault())) == "c"
-    guard.clear()
+    guard.variables[0].assign(0)
     guard.report(tf.constant([True]), [NO_ROWS], skippable=True)
     assert int(guard.fault()) < 0  # never skipped
 
@@ -95,11 +96,14 @@ def test_knows_what_a_traced_step_changes_outside_of_apply_and_what_must_be_rest
         counter.assign_add(1)
         if reports:
             guard.report(tf.constant([False]), ["late"])
-        for name in ("changed_otherwise", "to_restore"):
-            found[name, reports] = getattr(guard, name)([kernel, counter])
+        found["changed_otherwise", reports] = guard.changed_otherwise([kernel, counter])
 
-    step(False)
-    step(True)
+    def trace(reports):
+        graph = step.get_concrete_function(reports).graph
+        found["to_restore", reports] = guard.to_restore([kernel, counter], graph)
+
+    trace(False)
+    trace(True)
     for reports in (False, True):
         assert [v.name for v in found["changed_otherwise", reports]] == [counter.name]
     assert [v.name for v in found["to_restore", False]] == [counter.name]  # the guard decided about the kernel

@@ -96,7 +96,7 @@ def test_prediction_returns_the_outputs(bare):
 def test_what_a_step_trains_is_held_and_bare_variables_are_named(bare):
     trainer = bare()
     optimizer, variable = keras.optimizers.SGD(), tf.Variable(1.0)
-    trainer.runner.trained(optimizer, [variable])
+    trainer.runner.prepare(optimizer, [variable])
     assert optimizer in trainer.optimizers.values()
     assert trainer.runner.minimized[id(optimizer)] == (optimizer, [variable])
     assert any(held is variable for held in trainer.runner.variables.held())
