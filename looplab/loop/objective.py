@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from looplab import checks
 from looplab.checkpoint.callbacks import settings_of
 from looplab.loop import plausible, step_checks
 from looplab.loop.context import Step
@@ -30,6 +31,8 @@ class Objective:
     def __init__(
         self, model: Any, optimizer: Any, loss: Any, loss_weights: Any, metrics: Any, doubts: Warnings
     ) -> None:
+        checks.known("loss", loss)
+        checks.known("metrics", metrics)
         self.loss, self.loss_weights, self.metrics = loss, loss_weights, metrics
         # A Keras model without layers knows how losses and metrics, given as names, lists or dicts, match outputs.
         self.compiled = keras.Model(name="compiled", dtype=getattr(model, "dtype_policy", None))
