@@ -258,7 +258,7 @@ class Steps:
                 f"`{type(self).__name__}.__init__` must call `super().__init__(...)` before `{name}` is used."
             )
         if name == "compile":
-            raise AttributeError("A trainer has no `compile`: pass `optimizer`, `loss` and `metrics` to its constructor.")
+            raise AttributeError("A trainer has no `compile`: pass optimizer, loss and metrics to its constructor.")
         return object.__getattribute__(self, name)  # raises what a property raised
 
 

@@ -184,8 +184,11 @@ ERRORS = {
         lambda: trainer(metrics={"a": ["mae", "acuracy"]}),
         ["`metrics` has 'acuracy'", "did you mean 'accuracy'?"],
     ),
-    "a loss that is not Keras's": (lambda: trainer(loss="wholly_mine"), ["'wholly_mine'", "pass the function or object"]),
-    "compile": (lambda: trainer().compile(loss="mse"), ["no `compile`: pass `optimizer`", "to its constructor"]),
+    "a loss that is not Keras's": (
+        lambda: trainer(loss="wholly_mine"),
+        ["'wholly_mine'", "pass the function or object"],
+    ),
+    "compile": (lambda: trainer().compile(loss="mse"), ["no `compile`: pass optimizer", "to its constructor"]),
     "prediction without a model": (
         lambda: NoTest().predict(X, verbose=0),
         ["`NoTest` has no `model`: pass one, or override `predict_step`."],

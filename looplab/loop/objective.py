@@ -142,13 +142,13 @@ class Objective:
 
     def _check_metrics(self, metrics: Iterable[keras.Metric]) -> None:
         """Warns of metrics of probabilities if a loss takes the outputs as logits."""
-        if any(compared.has_logits for compared in self._compared):
-            if names := [f"'{metric.name}'" for metric in metrics if plausible.expects_probabilities(metric)]:
-                self._doubts.add(
-                    f"The model outputs logits (`loss` has from_logits=True), but a metric expects probabilities: "
-                    f"{', '.join(names)}. Pass a metric with from_logits=True or a threshold of 0.0, or end the model "
-                    f"with a sigmoid or softmax."
-                )
+        names = [f"'{metric.name}'" for metric in metrics if plausible.expects_probabilities(metric)]
+        if names and any(compared.has_logits for compared in self._compared):
+            self._doubts.add(
+                f"The model outputs logits (`loss` has from_logits=True), but a metric expects probabilities: "
+                f"{', '.join(names)}. Pass a metric with from_logits=True or a threshold of 0.0, or end the model with a "
+                f"sigmoid or softmax."
+            )
 
     def completed(self, step: Step, results: dict[str, Any]) -> dict[str, Any]:
         """What a model's own `compute_metrics` returned, with the losses of the outputs as looplab computes them.

@@ -39,7 +39,8 @@ def inputs(x: Any, model: Any) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # of a model without declared inputs
-        found = re.search(r"expected (?:min_)?ndim=(\d+), found ndim=(\d+)\. Full shape received: (\(.*?\))", str(error))
+        pattern = r"expected (?:min_)?ndim=(\d+), found ndim=(\d+)\. Full shape received: (\(.*?\))"
+        found = re.search(pattern, str(error))
         if not found or int(found[1]) - int(found[2]) != 1 or found[3] != str(tuple(leaves[0].shape)):
             raise
         raise ValueError(
