@@ -48,10 +48,10 @@ class Variables:
 
     def metrics(self) -> list[keras.Metric]:
         """The metrics, including those that layers own."""
-        things = [held.thing for held in self.walk()]
-        return _once(
-            m for one in things for m in ([one] if isinstance(one, keras.Metric) else getattr(one, "metrics", []))
-        )
+        found: list[keras.Metric] = []
+        for held in self.walk():
+            found += [held.thing] if isinstance(held.thing, keras.Metric) else getattr(held.thing, "metrics", [])
+        return _once(found)
 
     def optimizers(self) -> dict[str, keras.Optimizer]:
         """The optimizers by path."""

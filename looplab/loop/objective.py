@@ -146,7 +146,7 @@ class Objective:
         if names and any(compared.has_logits for compared in self._compared):
             self._doubts.add(
                 f"The model outputs logits (`loss` has from_logits=True), but a metric expects probabilities: "
-                f"{', '.join(names)}. Pass a metric with from_logits=True or a threshold of 0.0, or end the model with a "
+                f"{', '.join(names)}. Pass one with from_logits=True or a threshold of 0.0, or end the model with a "
                 f"sigmoid or softmax."
             )
 
