@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -99,6 +99,20 @@ def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
                 raise ValueError(f"`learning_rate` of `{path}` must be a finite number of at least 0; got {rate}.")
 
 
+def known(argument: str, given: Any) -> None:
+    """Requires that Keras knows the names in `loss` or `metrics`, which may have any structure."""
+    names = compat.NAMES[argument]
+    for name in keras.tree.flatten(given):
+        if isinstance(name, str) and name not in names and name.lower() not in names:
+            hint = _nearest(name, names, repr, "pass the function or object itself.")
+            raise ValueError(f"`{argument}` has {name!r}, which Keras does not know: {hint}")
+
+
+def _nearest(name: str, names: Iterable[str], quote: Callable[[str], str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {quote(near[0])}?" if near else otherwise
+
+
 def named(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function or class: an unknown keyword argument is an error that suggests the nearest name."""
     if isinstance(function, type):
@@ -110,9 +124,8 @@ def named(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in parameters:
-                near = difflib.get_close_matches(name, parameters, 1)
-                known = ", ".join(parameter for parameter in parameters if parameter != "self")
-                hint = f"did you mean `{near[0]}`?" if near else f"it has {known}."
+                others = ", ".join(parameter for parameter in parameters if parameter != "self")
+                hint = _nearest(name, parameters, "`{}`".format, f"it has {others}.")
                 raise TypeError(f"`{function.__qualname__.removesuffix('.__init__')}` has no argument `{name}`: {hint}")
         return function(*args, **kwargs)
 

@@ -13,8 +13,15 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src import losses, metrics
 
 # Keras
+
+NAMES = {
+    "loss": [*losses.ALL_OBJECTS_DICT, "crossentropy", "ce"],
+    "metrics": [*metrics.ALL_OBJECTS_DICT, "accuracy", "acc"],
+}
+"""The names that Keras's `compile` takes, by argument; `dir(keras.losses)` lacks the short ones, such as "mse"."""
 
 
 def all_layers(layer: keras.Layer) -> list[keras.Layer]:

@@ -70,10 +70,12 @@ class Steps:
     def __call__(self, x: Any, training: bool = False) -> Any:
         """Calls the model, with `training` if it takes that argument."""
         if self.model is None:
-            raise ValueError(f"`{type(self).__name__}` has no `model`: pass one, or override the steps that call it.")
+            step = context.current()
+            missing = "the steps that call it" if step is None else f"`{step.kind}_step`"
+            raise ValueError(f"`{type(self).__name__}` has no `model`: pass one, or override {missing}.")
         takes_training = isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters
-        step_checks.inputs(x, self.model)
-        return self.model(x, training=training) if takes_training else self.model(x)
+        with step_checks.inputs(x, self.model):
+            return self.model(x, training=training) if takes_training else self.model(x)
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
         """The loss of a batch, a scalar: that of the targets, and everything that earlier model calls added to it.
@@ -255,6 +257,8 @@ class Steps:
             raise AttributeError(
                 f"`{type(self).__name__}.__init__` must call `super().__init__(...)` before `{name}` is used."
             )
+        if name == "compile":
+            raise AttributeError("A trainer has no `compile`: pass optimizer, loss and metrics to its constructor.")
         return object.__getattribute__(self, name)  # raises what a property raised
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +40,18 @@ class Variables:
 
     def trainable(self) -> list[Any]:
         """The trainable variables of all models, in the order of the attributes."""
-        return self._collect(lambda layer: layer.trainable_variables, only_trainable=True)
+        return self._of_models("trainable_variables")
 
     def weights(self) -> list[Any]:
         """The weights of all models, without seeds, metrics and optimizers."""
-        return self._collect(lambda layer: layer.weights)
+        return self._of_models("weights")
 
     def metrics(self) -> list[keras.Metric]:
         """The metrics, including those that layers own."""
-        metrics: list[keras.Metric] = []
+        found: list[keras.Metric] = []
         for held in self.walk():
-            metrics.extend([held.thing] if isinstance(held.thing, keras.Metric) else getattr(held.thing, "metrics", []))
-        return _once(metrics)
+            found += [held.thing] if isinstance(held.thing, keras.Metric) else getattr(held.thing, "metrics", [])
+        return _once(found)
 
     def optimizers(self) -> dict[str, keras.Optimizer]:
         """The optimizers by path."""
@@ -60,41 +59,25 @@ class Variables:
 
     def held(self) -> list[Any]:
         """All variables but those of optimizers and strays: weights, seeds, metrics."""
-        variables = self._collect(lambda layer: layer.variables)
-        variables += [held.thing.state for held in self.walk() if isinstance(held.thing, keras.random.SeedGenerator)]
-        return variables + [variable for metric in self._owner.metrics for variable in metric.variables]
-
-    def state(self) -> list[Any]:
-        """All variables but those of optimizers."""
-        return _once(self.held() + self.strays())
+        things = [held.thing for held in self.walk() if not isinstance(held.thing, keras.Optimizer)]
+        return _once(variable for thing in [*things, *self._owner.metrics] for variable in _variables_of(thing))
 
     def changeable(self) -> list[Any]:
         """The variables that a training step may change; with replicas, those of each."""
-        whole = [*self.state(), *(v for optimizer in self.optimizers().values() for v in optimizer.variables)]
-        parts = [part for variable in whole for part in getattr(plain(variable), "values", [variable])]
-        return list({id(plain(part)): part for part in parts}.values())
+        whole = self.by_path().values()
+        return [part for variable in whole for part in getattr(plain(variable), "values", [variable])]
 
     def by_path(self) -> dict[str, Any]:
         """All variables, by the path to what holds them and their position there: plain names may collide."""
-        by_path: dict[str, Any] = {}
-        for held in self.walk():
-            if isinstance(held.thing, keras.random.SeedGenerator):
-                by_path[held.path] = held.thing.state
-            elif isinstance(held.thing, VARIABLES):
-                by_path[held.path] = held.thing
-            else:
-                owned = [metric.variables for metric in getattr(held.thing, "metrics", ())]
-                variables = itertools.chain(held.thing.variables, *owned)
-                by_path |= {f"{held.path}/{index}": variable for index, variable in enumerate(variables)}
-        seen = {id(plain(variable)) for variable in by_path.values()}
-        for kind, found in (("stray", self.strays()), ("read", self._only_read)):
-            unseen = (variable for variable in found if id(variable) not in seen)
-            by_path |= {f"{kind}/{index}": variable for index, variable in enumerate(unseen)}
-        first = {id(variable): path for path, variable in reversed(by_path.items())}
-        once = {path: variable for path, variable in by_path.items() if first[id(variable)] == path}
-        return {
-            path + suffix: part for path, variable in once.items() for suffix, part in of_each_replica(variable).items()
-        }
+        found: dict[int, tuple[str, Any]] = {}  # by identity
+        for path, thing, *_ in self.walk():
+            is_one = isinstance(thing, (keras.random.SeedGenerator, *VARIABLES))
+            for index, variable in enumerate(_variables_of(thing)):
+                found.setdefault(id(plain(variable)), (path if is_one else f"{path}/{index}", variable))
+        for kind, strays in (("stray", self.strays()), ("read", self._only_read)):
+            unseen = [variable for variable in strays if id(variable) not in found]
+            found |= {id(variable): (f"{kind}/{index}", variable) for index, variable in enumerate(unseen)}
+        return {path + suffix: part for path, one in found.values() for suffix, part in of_each_replica(one).items()}
 
     def adopt(self, kind: str, things: Iterable[Any]) -> None:
         """Holds what a step uses, if nothing leads to it yet.
@@ -103,17 +86,12 @@ class Variables:
             kind: "variables", "metrics" or "optimizers".
             things: Such things.
         """
-        held = {
-            "optimizers": self.optimizers().values(),
-            "metrics": self._owner.metrics,
-            "variables": self.held(),
-        }[kind]
-        known = {id(part) for thing in held for part in (thing, plain(thing))}
+        known = {id(plain(one)) for one in (*self.held(), *self._owner.metrics, *self.optimizers().values())}
         self._adopted[kind] += [thing for thing in things if id(plain(thing)) not in known]
 
     def strays(self) -> list[tf.Variable]:
         """The variables that steps change and nothing leads to, such as those of Keras's own seeds."""
-        return list({id(v): v for strays in self._strays.values() for v in strays}.values())
+        return _once(variable for strays in self._strays.values() for variable in strays)
 
     def find_strays(
         self, kind: str, written: Iterable[tf.Variable], used: Iterable[tf.Variable], but: Iterable[Any]
@@ -199,14 +177,15 @@ class Variables:
                 _infer_output_shapes(held.thing)
                 held.thing.summary(**options)
 
-    def _collect(self, of_layer: Callable[[keras.Layer], list], only_trainable: bool = False) -> list[Any]:
-        variables = []
+    def _of_models(self, attribute: str) -> list[Any]:
+        """What layers have as "weights" or "trainable_variables", with such variables of no layer."""
+        found: list[Any] = []
         for held in self.walk():
             if isinstance(held.thing, keras.Layer):
-                variables.extend(of_layer(held.thing))
-            elif isinstance(held.thing, VARIABLES) and (held.trainable or not only_trainable):
-                variables.append(held.thing)
-        return _once(variables)
+                found += getattr(held.thing, attribute)
+            elif isinstance(held.thing, VARIABLES) and (held.trainable or attribute == "weights"):
+                found.append(held.thing)
+        return _once(found)
 
 
 class _Holder(keras.Model):
@@ -265,6 +244,16 @@ def path_of(variable: Any) -> str:
 def to_numpy(variable: Any) -> np.ndarray:
     """A copy of the value of a Keras or TensorFlow variable."""
     return np.array(tf.convert_to_tensor(variable).numpy())
+
+
+def _variables_of(thing: Any) -> list[Any]:
+    """All variables of a layer, optimizer, metric or seed generator; a variable is its own."""
+    if isinstance(thing, keras.random.SeedGenerator):
+        return [thing.state]
+    if isinstance(thing, VARIABLES):
+        return [thing]
+    owned = [variable for metric in getattr(thing, "metrics", ()) for variable in metric.variables]
+    return [*thing.variables, *owned]
 
 
 def _once(things: Iterable[Any]) -> list[Any]:

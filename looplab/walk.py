@@ -61,36 +61,26 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
     globals that they use). A Keras layer or model counts as one object, because Keras knows what is inside; but the
     `tf.Variable`s among the attributes of a layer, which Keras does not track, are found next to it.
     """
-    seen: set[int] = set()
-    tracked: set[int] = set()  # the variables that Keras knows
+    seen: set[int] = set()  # also the variables that Keras knows
 
-    def visit(path: str, value: Any, is_own: bool) -> Iterator[Held]:
-        if id(value) in seen:
+    def visit(path: str, value: Any, is_own: bool, layer: keras.Layer | None = None) -> Iterator[Held]:
+        is_variable, is_container = isinstance(value, VARIABLES), isinstance(value, (dict, list, tuple))
+        if id(value) in seen or (layer is not None and not is_variable and not is_container):
             return
         seen.add(id(value))
         if isinstance(value, _LEAVES):
-            is_variable = isinstance(value, VARIABLES)
-            is_bare = is_own and is_variable and not isinstance(value, keras.Variable)
-            yield Held(path, value, is_variable and _is_trainable(value), is_bare)
+            is_trainable = is_variable and _is_trainable(value) and (layer is None or layer.trainable)
+            is_bare = is_own and is_variable and (layer is not None or not isinstance(value, keras.Variable))
+            yield Held(path, value, is_trainable, is_bare)
             if isinstance(value, keras.Layer):
-                tracked.update(map(id, value.variables))
-                for index, layer in enumerate(all_layers(value)):
-                    yield from unknown(f"{path}/{index}", layer, layer)
+                seen.update(map(id, value.variables))
+                for index, inner in enumerate(all_layers(value)):
+                    for name, attribute in vars(inner).items():
+                        if not name.startswith("_self_"):
+                            yield from visit(f"{path}/{index}/{name}", attribute, True, inner)
             return
-        is_own = is_own and isinstance(value, (dict, list, tuple))
         for name, inner in _members(value):
-            yield from visit(f"{path}/{name}", inner, is_own)
-
-    def unknown(path: str, layer: keras.Layer, value: Any) -> Iterator[Held]:
-        for name, inner in vars(value).items() if value is layer else _members(value):
-            is_container = isinstance(inner, (dict, list, tuple)) and not name.startswith("_self_")
-            if id(inner) in seen or id(inner) in tracked or not (is_container or isinstance(inner, VARIABLES)):
-                continue
-            seen.add(id(inner))
-            if is_container:
-                yield from unknown(f"{path}/{name}", layer, inner)
-            else:
-                yield Held(f"{path}/{name}", inner, _is_trainable(inner) and layer.trainable, True)
+            yield from visit(f"{path}/{name}", inner, is_own and is_container, layer)
 
     for name, value in attributes.items():
         yield from visit(name, value, True)

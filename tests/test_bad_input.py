@@ -1238,7 +1238,7 @@ WARNINGS = {
         lambda _: reconstruct(lambda images: (batches(images, images),)),
     ),
     "targets in one column for several outputs": (
-        "`y` has shape \\(None, 1\\), and the outputs have shape \\(None, 3\\).*one shape",
+        "`y` of shape \\(None, 1\\), with outputs of shape \\(None, 3\\).*one shape",
         lambda _: fit(X, TARGETS[:, :1], loss="mse"),
     ),
     "weights without a gradient": ("Gradients do not exist for variables.*dead", lambda _: fit(X, LABELS, unused)),

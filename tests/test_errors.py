@@ -167,6 +167,10 @@ ERRORS = {
         lambda: trainer().fit(single(X, Y), verbose=0),
         ["`x` of shape (3,)", "takes (None, 3)", "single example", "`dataset.batch(32)`"],
     ),
+    "an unbatched dataset, and a model without `Input`": (
+        lambda: trainer(Model()).fit(single(X, Y), verbose=0),
+        ["`x` of shape (3,)", "the model takes 2", "`dataset.batch(32)`"],
+    ),
     "an unbatched dataset of numbers": (
         lambda: trainer(Model()).fit(single(X[:, None], Y[:, 0]), verbose=0),
         ["`y` is a single number", "`dataset.batch(32)`"],
@@ -174,6 +178,20 @@ ERRORS = {
     "an unbatched dataset to predict": (
         lambda: trainer().predict(tf.data.Dataset.from_tensor_slices(X), verbose=0),
         ["single example", "`dataset.batch(32)`"],
+    ),
+    "a typo in a loss": (lambda: trainer(loss="mes"), ["`loss` has 'mes'", "did you mean 'mse'?"]),
+    "a typo in metrics": (
+        lambda: trainer(metrics={"a": ["mae", "acuracy"]}),
+        ["`metrics` has 'acuracy'", "did you mean 'accuracy'?"],
+    ),
+    "a loss that is not Keras's": (
+        lambda: trainer(loss="wholly_mine"),
+        ["'wholly_mine'", "pass the function or object"],
+    ),
+    "compile": (lambda: trainer().compile(loss="mse"), ["no `compile`: pass optimizer", "to its constructor"]),
+    "prediction without a model": (
+        lambda: NoTest().predict(X, verbose=0),
+        ["`NoTest` has no `model`: pass one, or override `predict_step`."],
     ),
     "a generator": (
         lambda: trainer().fit((x for x in [(X, Y)]), verbose=0),
@@ -213,6 +231,13 @@ def test_an_error_says_what_to_do_without_frames_of_libraries(call, needles):
     assert "in user code" not in text
     files = [str(entry.path) for entry in caught.traceback]
     assert not [file for file in files if "tensorflow" in file or "/keras/" in file], files
+
+
+def test_all_names_of_keras_are_names_of_losses_and_metrics():
+    for loss in "mse", "MSE", "MeanSquaredError", {"a": "mae", "b": None}, ["crossentropy", "CE"], keras.losses.huber:
+        trainer(loss=loss)
+    for metrics in ["acc", "Accuracy", "mae", "AUC"], {"a": ["accuracy"]}, [["mse"], []], [keras.metrics.Mean()], None:
+        trainer(metrics=metrics)
 
 
 @pytest.mark.parametrize("eager", [False, True])

@@ -623,6 +623,23 @@ def test_a_validation_order_that_cannot_be_restored_is_a_warning(tmp_path):
         run(2)
 
 
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_a_training_order_that_cannot_be_restored_is_a_warning(is_complete, tmp_path, recwarn):
+    """A dataset that the first `fit` reads with `steps_per_epoch`, and the second as a whole."""
+
+    def program(epochs):
+        dataset = batches()
+        trainer = recipe(dataset, log_dir=tmp_path, optimizer="adam").trainer
+        trainer.fit(dataset, epochs=1, steps_per_epoch=15, verbose=0, resume=True)
+        if epochs:
+            trainer.fit(dataset, epochs=epochs, verbose=0, resume=True)
+
+    program(0 if is_complete else 2)
+    assert not [warning for warning in recwarn if "cannot restore its order" in str(warning.message)]
+    with pytest.warns(UserWarning, match="`x` shuffles in each iteration .*so a resumed run cannot restore its order"):
+        program(4)
+
+
 def test_a_dataset_that_cannot_repeat_its_order_is_an_error(tmp_path):
     def fail(epoch):
         if epoch == 1:

@@ -51,8 +51,8 @@ class Snapshot:
     """The callback that has stopped the training; "" if none has."""
     monitored: float | None
     """The value that decides which epoch is best."""
-    starts: Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
-    """How often the datasets of training and validation were iterated over."""
+    starts: Annotated[list[Count | None], msgspec.Meta(min_length=2, max_length=2)]
+    """How often the datasets of training and validation were iterated over; None if that is unknown."""
     files: dict[str, Count]
     """The length in bytes of each file of the run, by its path in `log_dir`."""
     appended: dict[str, Count]

@@ -23,10 +23,15 @@ _BUFFER = 4  # batches that are prepared while the graph computes
 
 @dataclasses.dataclass
 class _Iterations:
-    """How often a dataset was iterated over: in this process, and in the run that this process continues."""
+    """How often a dataset that shuffles in each iteration was iterated over; None if an iteration drew several orders.
 
-    in_process: int = 0
-    in_run: int = 0
+    TensorFlow draws the orders of such a dataset one after another: a resumed run has to draw those before its own.
+    """
+
+    done: int | None = 0
+    """In this process."""
+    missing: int | None = 0
+    """In the run that this process continues, in addition."""
 
 
 _iterations: weakref.WeakKeyDictionary[tf.data.Dataset, _Iterations] = weakref.WeakKeyDictionary()
@@ -54,36 +59,34 @@ class Batches:
     """What is random in it without a seed; "" if nothing is."""
     dataset: tf.data.Dataset | None = None
     """The user's dataset, if it shuffles in each iteration."""
-    draws_as_read: bool = False
-    """Whether an iteration draws as many orders of `dataset` as it reads of it, which nobody counts."""
+    draws_several: bool = False
+    """Whether an iteration may draw several orders of `dataset`, or none; nobody counts them."""
 
     @property
-    def starts(self) -> int:
-        """How often the run has iterated over its dataset, if that shuffles in each iteration."""
-        return 0 if self.dataset is None else _iterations.get(self.dataset, _Iterations()).in_run
+    def starts(self) -> int | None:
+        """How often the run has iterated over its dataset, if that shuffles in each iteration; None if unknown."""
+        count = _Iterations() if self.dataset is None else _iterations.get(self.dataset, _Iterations())
+        return None if count.done is None or count.missing is None else count.done + count.missing
 
     def iterate(self, epoch: int, batch: int = 0) -> Iterator:
-        """An iterator over `start(epoch, batch)`, in the order that it has in this run."""
+        """An iterator over `start(epoch, batch)`, in the order that it has in this run; warns if that is unknown."""
         if self.dataset is not None:
             count = _iterations.setdefault(self.dataset, _Iterations())
-            self._skip(self.dataset, count.in_run - count.in_process)
-            count.in_run = count.in_process = count.in_run + 1
+            if count.missing is None:
+                warn(
+                    f"`{self.name}` shuffles in each iteration and is not read to its end, so a resumed run cannot "
+                    f"restore its order: pass reshuffle_each_iteration=False to `shuffle`."
+                )
+            for _ in range(count.missing or 0):
+                skipped = iter(self.dataset)
+                if not draws_at_start(self.dataset):
+                    collections.deque(skipped, maxlen=0)
+            starts = self.starts
+            count.done = None if starts is None or self.draws_several else starts + 1
+            count.missing = 0
         return iter(self.start(epoch, batch))
 
-    def _skip(self, dataset: tf.data.Dataset, iterations: int) -> None:
-        """Brings its dataset to the order that it has after some iterations; warns if that is impossible."""
-        if iterations and self.draws_as_read:
-            warn(
-                f"`{self.name}` shuffles in each iteration and is not read to its end, so a resumed run cannot restore "
-                f"its order: pass reshuffle_each_iteration=False to `shuffle`."
-            )
-            return
-        for _ in range(iterations):
-            skipped = iter(dataset)
-            if not draws_at_start(dataset):
-                collections.deque(skipped, maxlen=0)
-
-    def resume(self, starts: int) -> None:
+    def resume(self, starts: int | None) -> None:
         """Lets the next iteration continue a run that has iterated over its dataset `starts` times.
 
         Raises:
@@ -91,13 +94,16 @@ class Batches:
         """
         if self.dataset is not None:
             count = _iterations.setdefault(self.dataset, _Iterations())
-            if count.in_process > starts:
+            if starts is None:
+                count.missing = None
+            elif count.done is None or count.done > starts:
                 raise ValueError(
                     f"`{self.name}` is a dataset that shuffles in each iteration, and this process has already used "
                     f"the order that the resumed run needs. Create the dataset again, or pass "
                     f"reshuffle_each_iteration=False to `shuffle`."
                 )
-            count.in_run = starts
+            else:
+                count.missing = starts - count.done
 
 
 def from_arguments(
@@ -219,7 +225,7 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, traini
         steps=steps or size,
         continues=continues,
         dataset=dataset if reshuffles(dataset) else None,
-        draws_as_read=continues or (steps is not None and not draws_at_start(dataset)),
+        draws_several=continues or (steps is not None and not draws_at_start(dataset)),
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from looplab import checks
 from looplab.checkpoint.callbacks import settings_of
 from looplab.loop import plausible, step_checks
 from looplab.loop.context import Step
@@ -24,12 +26,14 @@ class Objective:
 
     Args:
         model, optimizer, loss, loss_weights, metrics: As passed to the trainer.
-        warnings: For what looks wrong but may be intended.
+        doubts: For what looks wrong but may be intended.
     """
 
     def __init__(
-        self, model: Any, optimizer: Any, loss: Any, loss_weights: Any, metrics: Any, warnings: Warnings
+        self, model: Any, optimizer: Any, loss: Any, loss_weights: Any, metrics: Any, doubts: Warnings
     ) -> None:
+        checks.known("loss", loss)
+        checks.known("metrics", metrics)
         self.loss, self.loss_weights, self.metrics = loss, loss_weights, metrics
         # A Keras model without layers knows how losses and metrics, given as names, lists or dicts, match outputs.
         self.compiled = keras.Model(name="compiled", dtype=getattr(model, "dtype_policy", None))
@@ -42,7 +46,7 @@ class Objective:
         """The settings of the optimizer and the loss, in words."""
         self._bounded = ""  # the part of the loss that is at most 1 if targets are in the range of the outputs
         self._compared: list[plausible.Comparison] = []  # what the losses of the last trace compared
-        self._warnings = warnings
+        self._doubts = doubts
 
     def compile(self, optimizer: Any) -> None:
         """Forgets how losses and metrics matched the outputs of an earlier trace."""
@@ -74,7 +78,9 @@ class Objective:
         given = {"loss": self.loss, "y": y, "sample_weight": sample_weight, "loss_weights": self.loss_weights}
         step.inspect = lambda *call: self._inspect(step, y, *call)
         try:
-            with step_checks.structures(y_pred, **given):
+            with step_checks.structures(y_pred, **given), warnings.catch_warnings():
+                if not tf.executing_eagerly():  # in a graph, `_inspect` warns itself
+                    warnings.filterwarnings("ignore", ".*received `from_logits=True`")
                 total = self.compiled.compute_loss(x, y, y_pred, sample_weight)
         finally:
             step.inspect = None
@@ -103,9 +109,8 @@ class Objective:
             path = next((tuple(path) for path, leaf in keras.tree.flatten_with_path(y) if leaf is target), ())
             compared = plausible.Comparison(loss, target, output, path)
             self._compared.append(compared)
-            for doubt in compared.doubts():
-                self._warnings.add(doubt)
-            compared.check_shapes()
+            for doubt in compared.check():
+                self._doubts.add(doubt)
             target = compared.checked(step.guard, target)
         return target, weight
 
@@ -141,13 +146,13 @@ class Objective:
 
     def _check_metrics(self, metrics: Iterable[keras.Metric]) -> None:
         """Warns of metrics of probabilities if a loss takes the outputs as logits."""
-        if any(compared.takes_logits for compared in self._compared):
-            for metric in filter(plausible.expects_probabilities, metrics):
-                self._warnings.add(
-                    f"Metric '{metric.name}' expects probabilities, but the model outputs logits (`loss` has "
-                    f"from_logits=True): pass a metric with from_logits=True or a threshold of 0.0, or end the model "
-                    f"with a sigmoid or softmax."
-                )
+        names = [f"'{metric.name}'" for metric in metrics if plausible.expects_probabilities(metric)]
+        if names and any(compared.has_logits for compared in self._compared):
+            self._doubts.add(
+                f"The model outputs logits (`loss` has from_logits=True), but a metric expects probabilities: "
+                f"{', '.join(names)}. Pass one with from_logits=True or a threshold of 0.0, or end the model with a "
+                f"sigmoid or softmax."
+            )
 
     def completed(self, step: Step, results: dict[str, Any]) -> dict[str, Any]:
         """What a model's own `compute_metrics` returned, with the losses of the outputs as looplab computes them.
@@ -169,7 +174,7 @@ class Objective:
         x, y, _ = keras.utils.unpack_x_y_sample_weight(arrays)
         plausible.check_finite(name, x)
         if plausible.raw_images(x, model):
-            self._warnings.add(
+            self._doubts.add(
                 f"`{name}` looks like images from 0 to 255, and the model has no layer that scales: divide by 255, or "
                 f"start the model with `keras.layers.Rescaling(1 / 255)`."
             )
@@ -179,7 +184,7 @@ class Objective:
     def check_loss(self, scalars: dict[str, Any]) -> None:
         """Warns if a loss of targets and outputs from 0 to 1 is more than 1."""
         if scalars.get(self._bounded, [0])[0] > 1:
-            self._warnings.add(
+            self._doubts.add(
                 "The outputs are all from 0 to 1, but the targets are not: scale them, such as images by 1/255."
             )
 

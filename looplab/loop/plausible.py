@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -13,18 +12,20 @@ import tensorflow as tf
 from looplab import compat
 from looplab.loop.guard import Guard
 
-# Keras's loss functions by what they take as targets: labels, distributions over classes, or numbers from 0 to 1.
-_LABELS = ("sparse_categorical_crossentropy",)
-_ONE_HOT = ("categorical_crossentropy", "categorical_focal_crossentropy")
-_BINARY = ("binary_crossentropy", "binary_focal_crossentropy")
-_FRACTIONS = ("kl_divergence", "dice", "tversky")
-_ERRORS = ("mean_squared_error", "mean_absolute_error")
-# Those that compare a target with an output of its shape, number by number.
-_POINTWISE = (
-    *(*_ERRORS, *_BINARY, "mean_absolute_percentage_error", "mean_squared_logarithmic_error", "huber", "log_cosh"),
-    *("poisson", "kl_divergence", "hinge", "squared_hinge", "categorical_hinge"),
-)
-_CROSS_ENTROPY_METRICS = (
+# Keras's loss functions by what they take as targets. All but the first two compare a target with an output of its
+# shape, number by number.
+_LOSSES = {
+    "labels": ("sparse_categorical_crossentropy",),
+    "one-hot": ("categorical_crossentropy", "categorical_focal_crossentropy"),
+    "bits": ("binary_crossentropy", "binary_focal_crossentropy"),
+    "fractions": ("kl_divergence", "dice", "tversky"),
+    "errors": ("mean_squared_error", "mean_absolute_error"),
+    "numbers": (
+        *("mean_absolute_percentage_error", "mean_squared_logarithmic_error", "huber", "log_cosh"),
+        *("poisson", "hinge", "squared_hinge", "categorical_hinge"),
+    ),
+}
+_CROSS_ENTROPIES = (
     *(keras.metrics.BinaryCrossentropy, keras.metrics.CategoricalCrossentropy),
     keras.metrics.SparseCategoricalCrossentropy,
 )
@@ -34,8 +35,6 @@ _SCALING = (
     keras.layers.Embedding,  # its inputs are tokens
 )
 _SCALING_OPERATIONS = ("TrueDivide", "Divide", "Multiply", "Subtract")  # `inputs / 255` in a functional model
-_PROBABILITIES = ("Softmax", "Sigmoid")
-_LOGITS = ("BiasAdd", "MatMul", "BatchMatMulV2", "Conv2D", "Einsum")
 _ROUNDING = 1e-5  # by how much soft targets may exceed 0 and 1
 
 
@@ -49,43 +48,61 @@ class Comparison:
     """
 
     def __init__(self, loss: Any, target: tf.Tensor, output: tf.Tensor, path: tuple[Any, ...]):
-        self._name, self._path, self._target, self._output = _name(loss), path, target.shape, output.shape
-        self._y = "y" + "".join(f"[{key!r}]" for key in path)
-        self._made_by = _made_by(output)
-        is_cross_entropy = self._name in (*_LABELS, *_ONE_HOT, *_BINARY)
-        self.takes_logits = is_cross_entropy and compat.takes_logits(loss)
-        """Whether the loss is a cross-entropy of logits."""
-        self._gets_logits = is_cross_entropy and not self.takes_logits and _are_logits(output)
-        is_mean = loss.reduction in ("mean", "sum_over_batch_size", "mean_with_sample_weight")
-        self.is_bounded = is_mean and self._name in _ERRORS and self._made_by in _PROBABILITIES
-        """Whether the loss is at most 1 if the targets are in the range of the outputs, from 0 to 1."""
-        # Targets are from 0 to `_most`; None if the loss takes any numbers, or if the number of classes is unknown.
+        self._takes, self._target, self._output = targets_of(loss), target.shape, output.shape
+        self._path, self._y = path, "y" + "".join(f"[{key!r}]" for key in path)
         self._ignored = getattr(loss, "ignore_class", None)
-        self._most: float | None = 1.0 if self._name in (*_ONE_HOT, *_BINARY, *_FRACTIONS) else None
-        if self._name in _LABELS and self._output.rank and self._output[-1] is not None:
+        operation = _origin(output)
+        self._operation, self._outputs = getattr(operation, "type", ""), _meaning(operation)
+        self._from_logits = compat.takes_logits(loss)
+        is_mean = loss.reduction in ("mean", "sum_over_batch_size", "mean_with_sample_weight")
+        self.is_bounded = is_mean and self._takes == "errors" and self._outputs == "probabilities"
+        """Whether the loss is at most 1 if the targets are in the range of the outputs, from 0 to 1."""
+        self.has_logits = self._from_logits and self._outputs != "probabilities"
+        """Whether the outputs are logits, as far as the loss shows it."""
+        # Targets are from 0 to `_most`; None if the loss takes any numbers, or if the number of classes is unknown.
+        self._most: float | None = 1.0 if self._takes in ("one-hot", "bits", "fractions") else None
+        if self._takes == "labels" and self._output.rank and self._output[-1] is not None:
             self._most = self._output[-1] - 1
 
-    def check_shapes(self) -> None:
-        """Requires shapes that match: no labels for a loss of one-hot targets, or the reverse."""
-        name, target, output = self._name, self._target, self._output
-        if target.rank is None or not output.rank:
-            return
-        same_rank, classes = target.rank == output.rank, output[-1] if output[-1] != 1 else None
-        found = f"got `{self._y}` of shape {target}, with outputs of shape {output}"
-        longer = max(target, output, key=len)  # Keras squeezes a last dimension of 1
-        is_squeezed = abs(target.rank - output.rank) == 1 and longer[-1] in (1, None)
-        if name in _POINTWISE and not same_rank and not is_squeezed:
-            raise ValueError(f"`loss` compares targets with outputs number by number; {found}. Give both one shape.")
-        if name in _LABELS and same_rank and classes is not None and target[-1] == classes:
-            raise ValueError(
-                f"`loss` sparse_categorical_crossentropy takes labels, one whole number for each example; {found}: "
-                f"they look one-hot. Pass `loss='categorical_crossentropy'`, or `y.argmax(-1)`."
+    def check(self) -> list[str]:
+        """What looks wrong but may be intended.
+
+        Raises:
+            ValueError: The shapes do not match, such as those of labels for a loss of one-hot targets.
+        """
+        doubts, (target, output) = [], (self._target, self._output)
+        if target.rank is not None and output.rank:
+            found = f"got `{self._y}` of shape {target}, with outputs of shape {output}"
+            same_rank, classes = target.rank == output.rank, output[-1] if output[-1] != 1 else None
+            if self._takes == "labels" and same_rank and classes and target[-1] == classes:
+                raise ValueError(
+                    f"`loss` sparse_categorical_crossentropy takes labels, one whole number for each example; {found}: "
+                    f"they look one-hot. Pass `loss='categorical_crossentropy'`, or `y.argmax(-1)`."
+                )
+            if self._takes == "one-hot" and (not same_rank or (classes and target[-1] == 1)):
+                raise ValueError(
+                    f"`loss` categorical_crossentropy takes one-hot targets; {found}: they look like labels. "
+                    f"Pass `loss='sparse_categorical_crossentropy'`, or `keras.utils.to_categorical(y)`."
+                )
+            if self._takes not in ("labels", "one-hot", ""):
+                message = f"`loss` compares targets with outputs number by number; {found}. Give both one shape."
+                longer = max(target, output, key=len)  # Keras squeezes a last dimension of 1
+                if not same_rank and not (abs(target.rank - output.rank) == 1 and longer[-1] in (1, None)):
+                    raise ValueError(message)
+                sizes = zip(target[1:], output[1:], strict=True) if same_rank else ()
+                if any({1} < {*pair} for pair in sizes if None not in pair):  # they broadcast
+                    doubts.append(message)
+        if self._from_logits and self._outputs == "probabilities":
+            doubts.append(
+                f"`loss` has from_logits=True, but the model outputs probabilities (its last operation is "
+                f"{self._operation}): pass from_logits=False, or remove the {self._operation.lower()} from the model."
             )
-        if name in _ONE_HOT and (not same_rank or (target[-1] == 1 and classes is not None)):
-            raise ValueError(
-                f"`loss` categorical_crossentropy takes one-hot targets; {found}: they look like labels. "
-                f"Pass `loss='sparse_categorical_crossentropy'`, or `keras.utils.to_categorical(y)`."
+        if self._takes in ("labels", "one-hot", "bits") and not self._from_logits and self._outputs == "logits":
+            doubts.append(
+                f"`loss` expects probabilities, but the model outputs logits (its last operation is "
+                f"{self._operation}): pass from_logits=True, or end the model with a softmax or sigmoid."
             )
+        return doubts
 
     def checked(self, guard: Guard, target: tf.Tensor) -> tf.Tensor:
         """The target of a batch; values out of range are reported and become 0, since some devices would crash."""
@@ -103,57 +120,39 @@ class Comparison:
             y = y[key]
         wrong = self._out_of_range(y, self._most).numpy()
         if wrong.any():
-            first = tuple(int(index[0]) for index in np.nonzero(wrong))
+            first = tuple(np.argwhere(wrong)[0])
             of = "" if name == "x" else f" of `{name}`"
             found = f"got {np.asarray(y)[first]}, at index {first[0]}{of}; {wrong.sum()} in all"
             raise ValueError(f"{self._range()}; {found}.")
 
     def _range(self) -> str:
         whole = f"whole numbers from 0 to {self._most}, the classes of the outputs"
-        return f"`{self._y}` must be {whole if self._name in _LABELS else 'from 0 to 1'}"
+        return f"`{self._y}` must be {whole if self._takes == 'labels' else 'from 0 to 1'}"
 
     def _out_of_range(self, y: Any, most: float) -> tf.Tensor:
         """A bool for each target."""
         value = tf.cast(y, tf.float64)  # which holds any label
-        slack = 0 if self._name in _LABELS else _ROUNDING
+        slack = 0 if self._takes == "labels" else _ROUNDING
         wrong = ~((value >= -slack) & (value <= most + slack))  # NaN is wrong, too
-        if self._name in _LABELS:
+        if self._takes == "labels":
             wrong |= value != tf.floor(value)
         return wrong if self._ignored is None else wrong & (value != self._ignored)
 
-    def doubts(self) -> Iterator[str]:
-        """What looks wrong: shapes that broadcast, and outputs of another kind by the operation that computed them."""
-        same_rank = self._target.rank is not None and self._target.rank == self._output.rank
-        sizes = zip(self._target[1:], self._output[1:], strict=True) if same_rank else ()
-        if self._name in _POINTWISE and any({1} < {*pair} for pair in sizes if None not in pair):
-            yield (
-                f"`{self._y}` has shape {self._target}, and the outputs have shape {self._output}: the loss compares "
-                f"one number with several. Give both one shape."
-            )
-        if self.takes_logits and self._made_by in _PROBABILITIES:
-            yield (
-                f"`loss` has from_logits=True, but the model outputs probabilities (its last operation is "
-                f"{self._made_by}): pass from_logits=False, or remove the {self._made_by.lower()} from the model."
-            )
-        if self._gets_logits:
-            yield (
-                f"`loss` expects probabilities, but the model outputs logits (its last operation is {self._made_by}): "
-                f"pass from_logits=True, or end the model with a softmax or sigmoid."
-            )
 
-
-def target_kind(loss: Any) -> str:
-    """What the `loss` of a trainer takes as targets: "labels", "one-hot" or "numbers"; "" if that is unknown."""
+def targets_of(loss: Any) -> str:
+    """What a loss takes as targets: "labels", "one-hot", "bits", "fractions", "errors" or "numbers"; "" if unknown."""
     if isinstance(loss, str):
         with contextlib.suppress(ValueError):  # "crossentropy" depends on the shapes
             loss = keras.losses.get(loss)
-    kinds = {"labels": _LABELS, "one-hot": (*_ONE_HOT, *_FRACTIONS), "numbers": _BINARY}
-    return next((kind for kind, names in kinds.items() if _name(loss) in names), "")
+    function = getattr(loss, "fn", loss)
+    name = getattr(function, "__name__", "")
+    is_of_keras = getattr(keras.losses, name, None) is function
+    return next((targets for targets, names in _LOSSES.items() if is_of_keras and name in names), "")
 
 
 def expects_probabilities(metric: Any) -> bool:
     """Whether a Keras metric reads outputs as probabilities: it has thresholds between 0 and 1, or a logarithm."""
-    if isinstance(metric, _CROSS_ENTROPY_METRICS):
+    if isinstance(metric, _CROSS_ENTROPIES):
         return not metric.from_logits
     if isinstance(metric, keras.metrics.AUC) and metric.get_config()["from_logits"]:
         return False
@@ -164,15 +163,15 @@ def expects_probabilities(metric: Any) -> bool:
 def check_finite(name: str, values: Any) -> None:
     """Requires finite floating-point numbers in arrays."""
     for array in tf.nest.flatten(values):
-        rows = np.asarray([] if isinstance(array, tf.RaggedTensor) else array)
-        for first in range(0, len(rows) if np.issubdtype(rows.dtype, np.floating) else 0, 4096):  # to save memory
-            finite = np.isfinite(rows[first : first + 4096])
-            if not finite.all():
-                row = first + int(np.nonzero(~finite)[0][0])
-                raise ValueError(
-                    f"`{name}` must be finite numbers; got NaN or infinity, first at index {row}. Remove or replace "
-                    f"them; if the model expects them, pass a `tf.data.Dataset`, which is not checked."
-                )
+        numbers = np.asarray([] if isinstance(array, tf.RaggedTensor) else array)
+        if not numbers.size or not np.issubdtype(numbers.dtype, np.floating):
+            continue
+        if not np.isfinite([numbers.min(), numbers.max()]).all():  # both are NaN if there is one
+            row = np.argwhere(~np.isfinite(numbers))[0][0]
+            raise ValueError(
+                f"`{name}` must be finite numbers; got NaN or infinity, first at index {row}. Remove or replace them; "
+                f"if the model expects them, pass a `tf.data.Dataset`, which is not checked."
+            )
 
 
 def raw_images(x: Any, model: Any) -> bool:
@@ -182,22 +181,12 @@ def raw_images(x: Any, model: Any) -> bool:
     shows_all = isinstance(model, keras.Sequential) or hasattr(model, "output_names")
     if x.dtype == np.uint8 and not shows_all:  # a subclassed model must convert these, and may scale them then
         return False
-    if not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)) or _scales(model):
+    operations = (part for layer in compat.all_layers(model) for part in getattr(layer, "operations", [layer]))
+    if any(isinstance(part, _SCALING) or type(part).__name__ in _SCALING_OPERATIONS for part in operations):
         return False
     some = x[:64]
-    return bool(some.min() >= 0 and 128 < some.max() <= 255 and (some == np.floor(some)).all())
-
-
-def _scales(model: keras.Model) -> bool:
-    operations = (part for layer in compat.all_layers(model) for part in getattr(layer, "operations", [layer]))
-    return any(isinstance(part, _SCALING) or type(part).__name__ in _SCALING_OPERATIONS for part in operations)
-
-
-def _name(loss: Any) -> str:
-    """The name of the Keras function that a loss is or wraps; "" for any other loss."""
-    function = getattr(loss, "fn", loss)
-    name = getattr(function, "__name__", "")
-    return name if getattr(keras.losses, name, None) is function else ""
+    is_image = x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)
+    return bool(is_image and some.min() >= 0 and 128 < some.max() <= 255 and (some == np.floor(some)).all())
 
 
 def _origin(tensor: Any) -> Any:
@@ -208,15 +197,12 @@ def _origin(tensor: Any) -> Any:
     return operation
 
 
-def _made_by(tensor: Any) -> str:
-    return getattr(_origin(tensor), "type", "")
-
-
-def _are_logits(output: tf.Tensor) -> bool:
-    """Whether a layer without an activation computed a tensor: it is a product, or a sum with a bias.
-
-    Other sums say nothing: the mean of two softmaxes is one, too.
-    """
-    if _made_by(output) in ("AddV2", "Add"):
-        return any(_made_by(operand) == "ReadVariableOp" for operand in _origin(output).inputs)
-    return _made_by(output) in _LOGITS
+def _meaning(operation: Any) -> str:
+    """Whether an operation computes "probabilities", "logits", or numbers of unknown meaning ("")."""
+    kind = getattr(operation, "type", "")
+    if kind in ("AddV2", "Add"):  # with a bias: other sums may be of probabilities, such as the mean of two softmaxes
+        operands = [getattr(_origin(operand), "type", "") for operand in operation.inputs]
+        return "logits" if "ReadVariableOp" in operands else ""
+    if kind in ("BiasAdd", "MatMul", "BatchMatMulV2", "Conv2D", "Einsum"):
+        return "logits"
+    return "probabilities" if kind in ("Softmax", "Sigmoid") else ""

@@ -52,7 +52,7 @@ class Saving:
         self.has_news = False
         """Whether there is anything new to save."""
         self.starts = train.starts
-        """How often the training dataset was iterated over when the running epoch started."""
+        """How often the training dataset was iterated over when the running epoch started; None if unknown."""
         self._engine = engine
         self._train = train
         self._validation = validation
@@ -190,12 +190,14 @@ class Saving:
         keyed = memory.by_key(self._callbacks.callbacks)
         return next((key for key, callback in keyed.items() if getattr(callback, "stopped_epoch", 0)), "a callback")
 
-    def _advance_data(self, train: int, validation: int) -> None:
+    def _advance_data(self, train: int | None, validation: int | None) -> None:
         """Lets datasets that shuffle in each iteration continue in their order, in this or the next `fit`."""
         is_complete = self._resumed.is_complete(self._asked.epochs, self._asked.callbacks)
         if is_complete and self._train.continues:
-            train += 1  # that of the complete call
-        if not (is_complete and self._train.starts > train):
+            train = None  # nobody counts the orders that the complete call has drawn
+        starts = self._train.starts
+        is_ahead = starts is None or (train is not None and starts > train)
+        if not (is_complete and is_ahead):
             self._train.resume(train)
         if self._validation is not None and self._validation.dataset is not self._train.dataset:
             try:

@@ -94,7 +94,7 @@ class StepRunner:
             if self.strategy.num_replicas_in_sync == 1:
                 step.rows = weight
             if kind == "train" and self.class_weights is not None:
-                batch = self.class_weights.weigh(batch, plausible.target_kind(self.objective.loss), guard.report)
+                batch = self.class_weights.weigh(batch, plausible.targets_of(self.objective.loss), guard.report)
             returned = step_checks.step_logs(f"{kind}_step", function(batch))
             named, parts = self._named(step, returned)
             values = {n: step_checks.scalar(f"`{kind}_step` returned", n, value) for n, value, *_ in named}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,26 +24,40 @@ def parts(batch: Any) -> tuple[Any, Any, Any]:
     return keras.utils.unpack_x_y_sample_weight(batch)
 
 
-def inputs(x: Any, model: Any) -> None:
-    """Requires inputs that fit a Keras model with declared inputs; other models raise their own errors."""
+@contextlib.contextmanager
+def inputs(x: Any, model: Any) -> Iterator[None]:
+    """Requires inputs that fit a Keras model, which is called inside it."""
     declared, leaves = getattr(model, "inputs", None), tf.nest.flatten(x)
-    if not isinstance(declared, list) or len(declared) != len(leaves):
-        return
-    if any(leaf.dtype == tf.string for leaf in leaves) and not any(tensor.dtype == "string" for tensor in declared):
-        raise TypeError(
-            f"`x` has string values, but the model takes numbers ({declared[0].dtype}). Convert them, or start the "
-            f"model with `keras.layers.StringLookup` or `TextVectorization`."
-        )
-    if len(leaves) == 1 and leaves[0].shape.rank is not None:
-        shape, expected = leaves[0].shape, tuple(declared[0].shape)
-        fitting = tf.TensorShape([None, *expected[1:]])  # a batch may have any size
-        # As in Keras, a last dimension of 1 may be missing, or be there in addition.
-        same = [shape, shape.concatenate(1), *([shape[:-1]] if shape[-1:] == [1] else [])]
-        if not any(map(fitting.is_compatible_with, same)):
-            fix = "Reshape it, or build the model for it."
-            if fitting.is_compatible_with([None, *shape]):
-                fix = "It is a single example: batch the dataset, as with `dataset.batch(32)`."
-            raise ValueError(f"`x` of shape {shape} does not fit the model, which takes {expected}. {fix}")
+    if isinstance(declared, list) and len(declared) == len(leaves):
+        if any(leaf.dtype == tf.string for leaf in leaves) and not any(one.dtype == "string" for one in declared):
+            raise TypeError(
+                f"`x` has string values, but the model takes numbers ({declared[0].dtype}). Convert them, or start the "
+                f"model with `keras.layers.StringLookup` or `TextVectorization`."
+            )
+        if len(leaves) == 1 and leaves[0].shape.rank is not None:
+            _fit(leaves[0].shape, tuple(declared[0].shape))
+    try:
+        yield
+    except ValueError as error:  # of a model without declared inputs
+        pattern = r"expected (?:min_)?ndim=(\d+), found ndim=(\d+)\. Full shape received: (\(.*?\))"
+        found = re.search(pattern, str(error))
+        if not found or int(found[1]) - int(found[2]) != 1 or found[3] != str(tuple(leaves[0].shape)):
+            raise
+        raise ValueError(
+            f"`x` of shape {leaves[0].shape} has too few dimensions, since the model takes {found[1]}: batch the "
+            f"dataset, as with `dataset.batch(32)`, or add the missing one, such as channels with `x[..., None]`."
+        ) from None
+
+
+def _fit(shape: tf.TensorShape, expected: tuple[int | None, ...]) -> None:
+    fitting = tf.TensorShape([None, *expected[1:]])  # a batch may have any size
+    # As in Keras, a last dimension of 1 may be missing, or be there in addition.
+    same = [shape, shape.concatenate(1), *([shape[:-1]] if shape[-1:] == [1] else [])]
+    if not any(map(fitting.is_compatible_with, same)):
+        fix = "Reshape it, or build the model for it."
+        if fitting.is_compatible_with([None, *shape]):
+            fix = "It is a single example: batch the dataset, as with `dataset.batch(32)`."
+        raise ValueError(f"`x` of shape {shape} does not fit the model, which takes {expected}. {fix}")
 
 
 def targets(y: Any, loss: Any) -> None:

@@ -106,12 +106,11 @@ class ClassWeights:
             raise ValueError(f"`class_weight` must have finite weights of at least 0; got {given!r}.")
         return cls(*zip(*pairs, strict=True))
 
-    def weigh(self, batch: Any, target_kind: str, report: Report) -> tuple[Any, Any, Any]:
+    def weigh(self, batch: Any, targets: str, report: Report) -> tuple[Any, Any, Any]:
         """The batch with each target's weight, times its `sample_weight`.
 
         Args:
-            target_kind: What the loss takes as targets: "labels", "one-hot", "numbers" (each is compared alone), or ""
-                if that is unknown.
+            targets: What the loss takes, as `plausible.targets_of` names it.
             report: For faults that only the targets' values show.
 
         Raises:
@@ -123,7 +122,7 @@ class ClassWeights:
                 f"`class_weight` needs y to be one tensor of classes; got {tf.nest.map_structure(lambda _: '*', y)}. "
                 f"For several outputs, pass `sample_weight`."
             )
-        labels = self._labels(y, target_kind, report)
+        labels = self._labels(y, targets, report)
         classes, flat = tf.constant(self.classes, tf.int64), tf.reshape(labels, [-1])
         index = tf.minimum(tf.searchsorted(classes, flat), len(self.classes) - 1)
         weights = tf.gather(tf.constant(self.weights, keras.config.floatx()), index)
@@ -134,14 +133,15 @@ class ClassWeights:
             weights *= tf.cast(align(sample_weight, weights.shape, what), weights.dtype)
         return x, y, weights
 
-    def _labels(self, y: tf.Tensor, target_kind: str, report: Report) -> tf.Tensor:
+    def _labels(self, y: tf.Tensor, targets: str, report: Report) -> tf.Tensor:
         """The class at each position as int64: rounded as in Keras, or the largest of a distribution."""
         if y.shape.rank is None:
             raise ValueError("`class_weight` needs targets of known rank, which the dataset's signature does not have.")
         if y.shape.rank > 1 and y.shape[-1] == 1:
             y = tf.squeeze(y, -1)
-        elif y.shape.rank > 1 and target_kind != "labels":
-            if target_kind == "numbers" or (not target_kind and not y.dtype.is_floating):
+        elif y.shape.rank > 1 and targets != "labels":
+            is_one_hot = targets in ("one-hot", "fractions") or (targets != "bits" and y.dtype.is_floating)
+            if not is_one_hot:
                 raise ValueError(
                     f"`class_weight` needs one class for each example; y of shape {y.shape} has {y.shape[-1]} numbers "
                     f"for each, which `loss` compares one by one. If each number is the class of a position, give y a "

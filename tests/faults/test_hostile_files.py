@@ -572,7 +572,7 @@ OF_THE_STATE = {
     "asked/callbacks": ["missing", None, [], {"History": 3}],
     "stopped_by": ["missing", True, None, ["EarlyStopping"]],
     "monitored": ["missing", "1", []],
-    "starts": ["missing", None, 3, [], [1], [1, -1], [1, 1, 1]],
+    "starts": ["missing", None, 3, [], [1], [1, -1], [None, 0.5], [1, 1, 1]],
     "files": ["missing", None, 3, [], "train", {"train": "long"}, {"train": None}],
     "appended": ["missing", None, 3, [], {"CSVLogger.csv_file": "0"}, {"CSVLogger.csv_file": -1}],
     "callbacks": ["missing", None, 3, [], "History", {"History": 3}, {"History": ["a"]}],

@@ -14,8 +14,8 @@ from looplab.warn import Warnings
 Y, PRED = np.float32([[1.0], [3.0]]), np.float32([[2.0], [5.0]])
 
 
-def objective(loss, metrics=None, loss_weights=None):
-    return Objective(None, None, loss, loss_weights, metrics, Warnings())
+def objective(loss, metrics=None, loss_weights=None, doubts=None):
+    return Objective(None, None, loss, loss_weights, metrics, doubts or Warnings())
 
 
 def step_of(one):
@@ -80,7 +80,8 @@ def test_reports_targets_that_the_loss_cannot_take_and_searches_arrays_for_them(
 
 
 def test_warns_of_what_looks_wrong():
-    one = objective("mse")
+    doubts = Warnings()
+    one = objective("mse", doubts=doubts)
     step = step_of(one)
 
     @tf.function
@@ -94,7 +95,7 @@ def test_warns_of_what_looks_wrong():
     model = keras.Sequential([keras.layers.Input((4, 4, 1)), keras.layers.Flatten()])
     one.check_arrays("x", (np.full((2, 4, 4, 1), 200.0),), model)
     with pytest.warns() as caught:
-        one._warnings.give()
+        doubts.give()
     texts = [str(warning.message) for warning in caught]
     assert ["outputs are all from 0 to 1" in texts[0], "looks like images from 0 to 255" in texts[1]] == [True, True]
 

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from looplab.loop.guard import Guard
-from looplab.loop.plausible import Comparison, check_finite, expects_probabilities, raw_images, target_kind
+from looplab.loop.plausible import Comparison, check_finite, expects_probabilities, raw_images, targets_of
 
 SPARSE = keras.losses.SparseCategoricalCrossentropy(ignore_class=9)
 CATEGORICAL = keras.losses.CategoricalCrossentropy()
@@ -24,17 +24,17 @@ LABELS, ONE_HOT, OUTPUTS = tf.zeros(4), tf.zeros((4, 3)), tf.zeros((4, 3))
 )
 def test_targets_of_another_kind_are_an_error(loss, target, match):
     with pytest.raises(ValueError, match=match):
-        Comparison(loss, target, OUTPUTS, ("a", 0)).check_shapes()
+        Comparison(loss, target, OUTPUTS, ("a", 0)).check()
 
 
 def test_targets_of_the_right_kind_pass():
     for loss, target in (SPARSE, LABELS), (CATEGORICAL, ONE_HOT), (SQUARES, ONE_HOT), (SQUARES, tf.zeros((4, 3, 1))):
-        Comparison(loss, target, OUTPUTS, ()).check_shapes()
+        Comparison(loss, target, OUTPUTS, ()).check()
 
 
 def test_what_a_loss_takes_as_targets():
     losses = (SPARSE, CATEGORICAL, "binary_crossentropy", "kl_divergence", "mse", "crossentropy", None)
-    assert [target_kind(loss) for loss in losses] == ["labels", "one-hot", "numbers", "one-hot", "", "", ""]
+    assert [targets_of(loss) for loss in losses] == ["labels", "one-hot", "bits", "fractions", "errors", "", ""]
 
 
 def test_targets_out_of_range_are_zero_and_reported():
@@ -77,7 +77,7 @@ def compared(loss, make, target=None):
 
 def test_doubts_about_outputs():
     def doubts(*args):
-        return " ".join(compared(*args).doubts())
+        return " ".join(compared(*args).check())
 
     dense = keras.layers.Dense(3)
     dense.build((None, 3))
@@ -91,11 +91,11 @@ def test_doubts_about_outputs():
     assert doubts(logits, dense) == doubts(probabilities, tf.sigmoid) == ""
     assert doubts(probabilities, lambda x: tf.sigmoid(x) / 2 + tf.sigmoid(x) / 2) == ""
     assert doubts(SQUARES, lambda x: x) == ""
-    assert "`y['a']` has shape (4, 1), and the outputs have shape (4, 3)" in (
+    assert "number by number; got `y['a']` of shape (4, 1), with outputs of shape (4, 3)" in (
         doubts(SQUARES, lambda x: x, tf.zeros((4, 1)))
     )
-    assert compared(logits, dense).takes_logits
-    assert not compared(probabilities, dense).takes_logits
+    cases = (logits, dense), (probabilities, dense), (logits, tf.sigmoid)
+    assert [compared(*case).has_logits for case in cases] == [True, False, False]
 
 
 def test_the_mean_error_of_probabilities_is_bounded():

@@ -63,7 +63,7 @@ WEIGHTS = ClassWeights.of({7: 3.0, 1: 0.5})
         (np.array([[1], [7]], np.float32), "labels", [0.5, 3]),
         (np.array([[1, 7], [0, 2]]), "labels", [[0.5, 3], [1, 1]]),
         (np.eye(8, dtype=np.float32)[[7, 0, 1]], "one-hot", [3, 1, 0.5]),
-        (np.array([0.0, 1.0], np.float32), "numbers", [1, 0.5]),
+        (np.array([0.0, 1.0], np.float32), "bits", [1, 0.5]),
     ],
 )
 def test_weighs_each_class(y, kind, expected):
@@ -79,7 +79,7 @@ def test_weighs_each_class(y, kind, expected):
 def test_several_classes_per_example_are_an_error():
     several = tf.zeros(2), tf.ones((2, 3))
     with pytest.raises(ValueError, match="`class_weight` needs one class for each example; y of shape"):
-        WEIGHTS.weigh(several, "numbers", lambda *_: None)
+        WEIGHTS.weigh(several, "bits", lambda *_: None)
     reports = []
     WEIGHTS.weigh(several, "one-hot", lambda wrong, messages: reports.append((bool(wrong[0]), messages[0])))
     assert reports[0][0]
