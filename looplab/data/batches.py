@@ -5,17 +5,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import inspect
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from looplab.data.arrays import is_arrays, leaves, to_arrays, unpack
+from looplab.data.arrays import is_arrays, to_arrays, unpack
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
+from looplab.data.resident import Resident
 from looplab.warn import warn
 
 _BUFFER = 4  # batches that are prepared while the graph computes
@@ -43,8 +42,8 @@ class Batches:
 
     name: str
     """What errors call it."""
-    start: Callable[..., tf.data.Dataset]
-    """`start(epoch, batch=0)`: the batches of that epoch, from that batch; both count from 0."""
+    start: Callable[..., Any]
+    """`start(epoch, batch=0)`: the batches of that epoch, from that batch; both count from 0. Can be iterated over."""
     steps: int | None
     """Batches in an epoch; None if only the end of the data shows it."""
     continues: bool
@@ -135,7 +134,8 @@ def from_arguments(
     training = training_from is not None
     if is_arrays(x):
         arrays = to_arrays(name, x, y, sample_weight)
-        batches = _from_arrays(name, arrays, batch_size or 32, bool(shuffle), seed, steps, training)
+        replicas = strategy.num_replicas_in_sync
+        batches = _from_arrays(name, arrays, batch_size or 32, bool(shuffle), seed, steps, training, replicas)
     else:
         for other, value in {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}.items():
             if value is not None:
@@ -148,19 +148,21 @@ def from_arguments(
 
     first_epoch = training_from or 0
     plain = batches.start(first_epoch, 0)
-    first = strategy.experimental_distribute_dataset(plain)
 
-    def start(epoch: int, batch: int = 0) -> tf.data.Dataset:
-        if (epoch, batch) == (first_epoch, 0):
-            return first
-        return strategy.experimental_distribute_dataset(batches.start(epoch, batch))
+    def distributed(data: Any) -> Any:
+        return data if isinstance(data, Resident) else strategy.experimental_distribute_dataset(data)
+
+    first = distributed(plain)
+
+    def start(epoch: int, batch: int = 0) -> Any:
+        return first if (epoch, batch) == (first_epoch, 0) else distributed(batches.start(epoch, batch))
 
     return dataclasses.replace(
         batches,
         start=start,
         described={"signature": str(first.element_spec), **batches.described, "steps_per_epoch": batches.steps},
         element_spec=first.element_spec,
-        unseeded=find_unseeded(plain),
+        unseeded="" if isinstance(plain, Resident) else find_unseeded(plain),
     )
 
 
@@ -178,38 +180,35 @@ def changes(before: Any, after: Any) -> str:
 
 
 def _from_arrays(
-    name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None, training: bool
+    name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None, training: bool, replicas: int
 ) -> Batches:
-    distinct = {id(leaf): leaf for leaf in leaves(arrays)}  # an auto-encoder's x is its y: it is held and gathered once
-    tensors = {
-        key: tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for key, leaf in distinct.items()
-    }
-    n = next(iter(distinct.values())).shape[0]
-    per_pass = math.ceil(n / batch_size)
-    length = steps or per_pass
+    resident = Resident(arrays, batch_size, seed if shuffle else None)
+    length = steps or resident.batches
+
+    def start(epoch: int, batch: int) -> Any:
+        first = epoch * length + batch
+        return resident.at(first) if replicas == 1 else _pipeline(resident, first)
+
+    described = {"examples": resident.rows, "batch_size": batch_size, "shuffle": shuffle}
+    steps = length if training else min(length, resident.batches)
+    return Batches(name, start, steps, True, described, arrays=arrays)
+
+
+def _pipeline(resident: Resident, first: int) -> tf.data.Dataset:
+    """The batches of arrays from one on, as a dataset that replicas can share."""
 
     def one_pass(number: tf.Tensor) -> tf.data.Dataset:
-        """The rows of each batch of one pass over the data."""
-        rows = tf.range(n, dtype=tf.int64)
-        if shuffle:
-            rows = tf.random.experimental.stateless_shuffle(rows, tf.stack([tf.constant(seed, tf.int64), number]))
-        return tf.data.Dataset.range(0, n, batch_size).map(lambda first: rows[first : first + batch_size])
+        order = resident.order_of(number)
+        return tf.data.Dataset.range(resident.batches).map(lambda batch: resident.batch_rows(order, batch))
 
-    def gather(rows: tf.Tensor) -> Any:
-        gathered = {key: tf.gather(tensor, rows) for key, tensor in tensors.items()}
-        return tf.nest.map_structure(lambda leaf: gathered.get(id(leaf)), arrays)
-
-    def start(epoch: int, batch: int) -> tf.data.Dataset:
-        first_pass, first_batch = divmod(epoch * length + batch, per_pass)
-        rows = tf.data.Dataset.range(first_pass, tf.int64.max).flat_map(one_pass).skip(first_batch)
-        options = tf.data.Options()
-        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-        options.experimental_optimization.apply_default_optimizations = False  # they would copy the arrays
-        options.autotune.enabled = False
-        return rows.map(gather).prefetch(_BUFFER).with_options(options)
-
-    described = {"examples": n, "batch_size": batch_size, "shuffle": shuffle}
-    return Batches(name, start, length if training else min(length, per_pass), True, described, arrays=arrays)
+    first_pass, first_batch = divmod(first, resident.batches)
+    rows = tf.data.Dataset.range(first_pass, tf.int64.max).flat_map(one_pass).skip(first_batch)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_optimization.apply_default_optimizations = False  # they would copy the arrays
+    options.autotune.enabled = False
+    gathered = rows.map(lambda rows: resident.gather(resident.tensors, rows))
+    return gathered.prefetch(_BUFFER).with_options(options)
 
 
 def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.compat import of_one_replica, temporary_graph
+from looplab.data.resident import Resident
 from looplab.loop.context import recording
 from looplab.loop.graphs import Copies, captured, releasable, trace, written_variables
 from looplab.loop.step import Meaning, StepLogs
@@ -85,6 +86,7 @@ class Compiled:
         self._strategy = strategy
         self._stop = stop
         self._traced: Callable | None = None
+        self._on_arrays: dict[Any, Callable] = {}
         with recording():
             if strategy.num_replicas_in_sync > 1:
                 self._create_variables()
@@ -121,14 +123,16 @@ class Compiled:
             most_faulty: How many steps in a row may have a fault: one more is the last step.
         """
         numbers = (tf.constant(number, tf.int32) for number in (steps, faulty, most_faulty))
-        arguments = iterator, tf.constant(first, tf.int64), *numbers
+        counts = tf.constant(first, tf.int64), *numbers
         if self.eager:
             with recording():
-                rows, pictures, batch = self._call(*arguments)
+                rows, pictures, batch = self._on_iterator(iterator, *counts)
+        elif isinstance(iterator, Resident):
+            rows, pictures, batch = self._on_resident(iterator, steps, counts)
         else:
             if self._traced is None:
-                self._traced = tf.function(self._call).get_concrete_function(*arguments)
-            rows, pictures, batch = self._traced(*arguments)
+                self._traced = tf.function(self._on_iterator).get_concrete_function(iterator, *counts)
+            rows, pictures, batch = self._traced(iterator, *counts)
         table = rows.numpy().reshape(-1, 2 + len(self.names))  # without a step there are no columns
         images = [
             (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
@@ -197,28 +201,64 @@ class Compiled:
         values = tf.stack(values)
         return tf.where(tf.reduce_any(values < 0), tf.reduce_min(values), tf.reduce_max(values))
 
-    def _call(self, iterator, first, steps, faulty, most_faulty):
+    def _on_iterator(self, iterator, first, steps, faulty, most_faulty):
         """The loop around the step: a graph, or in eager mode run by Python."""
+        rows, pictures, done, continues = self._tables(steps)
+        batch = iterator.get_next_as_optional()
+        while continues & batch.has_value():
+            rows, pictures, fault = self._recorded(rows, pictures, done, first, batch.get_value())
+            done += 1
+            faulty = tf.where(fault > 0, faulty + 1, 0)
+            continues = self._continues(done < steps, fault, faulty, most_faulty)
+            if continues:  # otherwise the next call would lack a batch, and an error the faulty one
+                batch = iterator.get_next_as_optional()
+        return rows.stack()[:done], pictures.stack()[:done], batch
+
+    def _on_resident(self, data: Resident, steps: int, counts: tuple[tf.Tensor, ...]) -> tuple[Any, Any, Any]:
+        """Up to `steps` steps of the running pass over arrays."""
+
+        @tf.function
+        def call(tensors, order, position, left, first, steps, faulty, most_faulty):
+            rows, pictures, done, continues = self._tables(steps)
+            while continues:
+                batch = data.gather(tensors, data.batch_rows(order, position + done))
+                rows, pictures, fault = self._recorded(rows, pictures, done, first, batch)
+                done += 1
+                faulty = tf.where(fault > 0, faulty + 1, 0)
+                continues = self._continues((done < steps) & (done < left), fault, faulty, most_faulty)
+            return rows.stack()[:done], pictures.stack()[:done]
+
+        arguments = data.tensors, data.order, tf.constant(data.position), tf.constant(data.left), *counts
+        key = data.key
+        if key not in self._on_arrays:
+            self._on_arrays[key] = call.get_concrete_function(*arguments)
+        rows, pictures = self._on_arrays[key](*arguments)
+        last = data.rows_of(len(rows) - 1)
+        data.skip(len(rows))
+        return rows, pictures, last
+
+    def _tables(self, steps):
+        """What a loop fills and counts: rows of numbers, encoded images, the steps done, and whether it continues."""
         size = 0 if self.eager else steps
         row_shape = None if self.eager else (2 + len(self.names),)
         picture_shape = None if self.eager else (len(self._image_names),)
         rows = tf.TensorArray(tf.float64, size, dynamic_size=self.eager, element_shape=row_shape)
         pictures = tf.TensorArray(tf.string, size, dynamic_size=self.eager, element_shape=picture_shape)
-        done, continues = tf.constant(0), tf.constant(True)
-        batch = iterator.get_next_as_optional()
-        while continues & batch.has_value():
-            weight, scalars, images, fault = self._sound_step(batch.get_value())
-            values = [weight, _wide(fault), *(scalars[name] for name in self.names)]
-            rows = rows.write(done, tf.stack(values))
-            pictures = pictures.write(done, self._encoded(images, first + tf.cast(done, tf.int64)))
-            done += 1
-            faulty = tf.where(fault > 0, faulty + 1, 0)
-            with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
-                stops = tf.convert_to_tensor(self._stop)
-            continues = (done < steps) & (fault >= 0) & (faulty <= most_faulty) & ~stops
-            if continues:  # otherwise the next call would lack a batch, and an error the faulty one
-                batch = iterator.get_next_as_optional()
-        return rows.stack()[:done], pictures.stack()[:done], batch
+        return rows, pictures, tf.constant(0), tf.constant(True)
+
+    def _recorded(self, rows, pictures, done, first, batch):
+        """Runs a step, and adds its values to the tables; the tables, and the step's fault."""
+        weight, scalars, images, fault = self._sound_step(batch)
+        values = [weight, _wide(fault), *(scalars[name] for name in self.names)]
+        rows = rows.write(done, tf.stack(values))
+        pictures = pictures.write(done, self._encoded(images, first + tf.cast(done, tf.int64)))
+        return rows, pictures, fault
+
+    def _continues(self, is_wanted, fault, faulty, most_faulty):
+        """Whether another step follows."""
+        with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
+            stops = tf.convert_to_tensor(self._stop)
+        return is_wanted & (fault >= 0) & (faulty <= most_faulty) & ~stops
 
     def _encoded(self, images: dict[str, tf.Tensor], number: tf.Tensor) -> tf.Tensor:
         """For each image name, a string: the images if they are due at this step, else ""."""
