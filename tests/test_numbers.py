@@ -937,6 +937,15 @@ def test_metrics_of_probabilities_on_logits_are_a_warning(metric, warns, recwarn
     assert bool([w for w in recwarn if "expects probabilities" in str(w.message)]) == warns
 
 
+def test_one_mistake_about_logits_is_one_warning(recwarn):
+    model = keras.Sequential([keras.Input(X.shape[1:]), keras.layers.Dense(BITS.shape[-1], "sigmoid")])
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    metrics = ["accuracy", keras.metrics.AUC()]
+    looplab.Trainer(model, optimizer="sgd", loss=loss, metrics=metrics).fit(X, BITS, validation_split=0.5, verbose=0)
+    (text,) = [str(warning.message) for warning in recwarn if "logits" in str(warning.message)]
+    assert "the model outputs probabilities" in text
+
+
 # Strings.
 
 

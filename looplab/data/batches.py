@@ -137,12 +137,12 @@ def from_arguments(
         replicas = strategy.num_replicas_in_sync
         batches = _from_arrays(name, arrays, batch_size or 32, bool(shuffle), seed, steps, training, replicas)
     else:
-        for other, value in {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}.items():
-            if value is not None:
-                raise ValueError(
-                    f"`{other}` must not be given if `{name}` is a dataset; `{name}` is a {type(x).__name__}. "
-                    f"Let the dataset's elements be batches: x, (x, y) or (x, y, sample_weight)."
-                )
+        others = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
+        if given := [f"`{other}`" for other, value in others.items() if value is not None]:
+            raise ValueError(
+                f"{', '.join(given)} must not be given if `{name}` is a dataset; `{name}` is a {type(x).__name__}. "
+                f"Let the dataset's elements be batches: x, (x, y) or (x, y, sample_weight)."
+            )
         source = _from_dataset if isinstance(x, tf.data.Dataset) else _from_function
         batches = source(name, x, steps, training)
 
@@ -214,13 +214,10 @@ def _pipeline(resident: Resident, first: int) -> tf.data.Dataset:
 def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:
     size = _size(name, dataset, steps)
     continues = steps is not None and training
-    if steps is None:
-        source, per_epoch = dataset, 0
-    else:
-        source, per_epoch = (dataset.repeat(), steps) if training else (dataset.take(steps), 0)
+    source = dataset.repeat() if continues else dataset if steps is None else dataset.take(steps)
     return Batches(
         name,
-        start=lambda epoch, batch: source.skip(epoch * per_epoch + batch),
+        start=lambda epoch, batch: source.skip((epoch * steps if continues else 0) + batch),
         steps=steps or size,
         continues=continues,
         dataset=dataset if reshuffles(dataset) else None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -76,14 +77,8 @@ class Objective:
         step_checks.targets(y, self.loss)
         self._compared = []
         given = {"loss": self.loss, "y": y, "sample_weight": sample_weight, "loss_weights": self.loss_weights}
-        step.inspect = lambda *call: self._inspect(step, y, *call)
-        try:
-            with step_checks.structures(y_pred, **given), warnings.catch_warnings():
-                if not tf.executing_eagerly():  # in a graph, `_inspect` warns itself
-                    warnings.filterwarnings("ignore", ".*received `from_logits=True`")
-                total = self.compiled.compute_loss(x, y, y_pred, sample_weight)
-        finally:
-            step.inspect = None
+        with self._inspecting(step, y), step_checks.structures(y_pred, **given):
+            total = self.compiled.compute_loss(x, y, y_pred, sample_weight)
         # Keras divides a loss by the number of replicas; `minimize` does so for all losses, whatever they come from.
         total *= tf.distribute.get_strategy().num_replicas_in_sync
         parts = self._parts(total)
@@ -93,6 +88,20 @@ class Objective:
         is_plain = self.loss_weights is None and sample_weight is None and len(self._compared) == 1
         self._bounded = f"{LOSS_PART}{next(iter(parts))}" if is_plain and self._compared[0].is_bounded else ""
         return total
+
+    @contextlib.contextmanager
+    def _inspecting(self, step: Step, y: Any) -> Iterator[None]:
+        """Inside it, `_inspect` checks each loss; while a graph is traced, Keras does not warn of the same mistake."""
+        step.inspect = lambda *call: self._inspect(step, y, *call)
+        try:
+            if tf.executing_eagerly():  # then each step would change the filters, which all threads share
+                yield
+                return
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*received `from_logits=True`")
+                yield
+        finally:
+            step.inspect = None
 
     def _inspect(self, step: Step, y: Any, loss: Any, target: Any, output: Any, weight: Any) -> tuple[Any, Any]:
         """Checks a loss with its target, output and weight; returns the target and weight that the loss gets."""

@@ -25,10 +25,6 @@ _LOSSES = {
         *("poisson", "hinge", "squared_hinge", "categorical_hinge"),
     ),
 }
-_CROSS_ENTROPIES = (
-    *(keras.metrics.BinaryCrossentropy, keras.metrics.CategoricalCrossentropy),
-    keras.metrics.SparseCategoricalCrossentropy,
-)
 _SCALING = (
     *(keras.layers.Rescaling, keras.layers.Normalization, keras.layers.BatchNormalization),
     keras.layers.Lambda,  # may scale
@@ -152,10 +148,11 @@ def targets_of(loss: Any) -> str:
 
 def expects_probabilities(metric: Any) -> bool:
     """Whether a Keras metric reads outputs as probabilities: it has thresholds between 0 and 1, or a logarithm."""
-    if isinstance(metric, _CROSS_ENTROPIES):
-        return not metric.from_logits
-    if isinstance(metric, keras.metrics.AUC) and metric.get_config()["from_logits"]:
-        return False
+    from_logits = getattr(metric, "from_logits", None)
+    if isinstance(metric, keras.metrics.AUC):
+        from_logits = metric.get_config()["from_logits"]
+    if from_logits is not None:
+        return not from_logits
     thresholds = keras.tree.flatten([getattr(metric, name, None) for name in ("threshold", "thresholds")])
     return any(0 < float(value) < 1 for value in thresholds if value is not None)
 

@@ -97,13 +97,14 @@ class ClassWeights:
         items = given.items() if isinstance(given, Mapping) else enumerate(np.asarray(given).tolist())
         try:
             pairs = sorted((_whole(label), float(weight)) for label, weight in items)
-        except (TypeError, ValueError) as error:
+            is_valid = all(0 <= weight < math.inf for _, weight in pairs)
+        except (TypeError, ValueError):
+            is_valid = False
+        if not is_valid:
             raise ValueError(
-                f"`class_weight` must be a dict from classes, which are whole numbers, to weights, or a sequence of "
-                f"weights; got {given!r}."
-            ) from error
-        if not all(0 <= weight < math.inf for _, weight in pairs):
-            raise ValueError(f"`class_weight` must have finite weights of at least 0; got {given!r}.")
+                f"`class_weight` must be a dict from classes, which are whole numbers, to finite weights of at least "
+                f"0, or a sequence of such weights; got {given!r}."
+            )
         return cls(*zip(*pairs, strict=True))
 
     def weigh(self, batch: Any, targets: str, report: Report) -> tuple[Any, Any, Any]:
