@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from looplab.data.arrays import is_arrays, to_arrays, unpack
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
-from looplab.data.resident import Resident
+from looplab.data.resident import Resident, gather, rows_of
 from looplab.warn import warn
 
 _BUFFER = 4  # batches that are prepared while the graph computes
@@ -199,7 +199,7 @@ def _pipeline(resident: Resident, first: int) -> tf.data.Dataset:
 
     def one_pass(number: tf.Tensor) -> tf.data.Dataset:
         order = resident.order_of(number)
-        return tf.data.Dataset.range(resident.batches).map(lambda batch: resident.batch_rows(order, batch))
+        return tf.data.Dataset.range(resident.batches).map(lambda batch: rows_of(order, batch, resident.batch_size))
 
     first_pass, first_batch = divmod(first, resident.batches)
     rows = tf.data.Dataset.range(first_pass, tf.int64.max).flat_map(one_pass).skip(first_batch)
@@ -207,7 +207,7 @@ def _pipeline(resident: Resident, first: int) -> tf.data.Dataset:
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     options.experimental_optimization.apply_default_optimizations = False  # they would copy the arrays
     options.autotune.enabled = False
-    gathered = rows.map(lambda rows: resident.gather(resident.tensors, rows))
+    gathered = rows.map(lambda rows: gather(resident.layout, resident.tensors, rows))
     return gathered.prefetch(_BUFFER).with_options(options)
 
 

@@ -12,28 +12,29 @@ import tensorflow as tf
 from looplab.data.arrays import leaves
 
 
-class Rows(NamedTuple):
-    """Rows of arrays, as what `Iterator.get_next_as_optional` returns."""
+class Gathered(NamedTuple):
+    """A batch of arrays, as `tf.data.Iterator.get_next_as_optional` returns one."""
 
-    arrays: Resident
-    rows: Any
+    source: Resident
+    rows: tf.Tensor
+    """int64, shape (examples,)."""
 
     def has_value(self) -> bool:
-        """Whether there are any: arrays start again at their end."""
+        """Whether there is a batch: arrays start again at their end."""
         return True
 
     def get_value(self) -> Any:
-        """The arrays of these rows."""
-        return self.arrays.gather(self.arrays.tensors, self.rows)
+        """The batch."""
+        return gather(self.source.layout, self.source.tensors, self.rows)
 
 
 class Resident:
-    """The batches of arrays, pass after pass, as an iterator.
+    """An iterator over the batches of arrays, pass after pass.
 
     Args:
         arrays: A structure of arrays with the same number of rows; None stays None.
         batch_size: The number of rows in a batch; the last one of a pass may have fewer.
-        seed: Of the order of each pass; None keeps that of the arrays.
+        seed: Of the order, which is another one in each pass; None keeps that of the arrays.
     """
 
     def __init__(self, arrays: Any, batch_size: int, seed: int | None):
@@ -42,42 +43,40 @@ class Resident:
         self.layout = tf.nest.map_structure(lambda leaf: places.get(id(leaf), -1), arrays)
         """For each part of a batch, its place in `tensors`; -1 for None."""
         self.tensors = [tf.convert_to_tensor(a) if isinstance(a, np.ndarray) else a for a in distinct.values()]
-        self.batch_size = batch_size
         self.rows = int(self.tensors[0].shape[0])
+        self.batch_size = batch_size
         self.batches = math.ceil(self.rows / batch_size)
         """In a pass."""
         self.position = 0
-        """In this pass, of the next batch."""
+        """Of the next batch in this pass."""
         self._seed = seed
         self._pass = 0
         self.order = self.order_of(0)
-        """int64, shape (rows,): the order of this pass; None keeps that of the arrays."""
+        """int64, shape (rows,): the order of this pass."""
 
     @property
-    def element_spec(self) -> Any:
-        """The signature of a batch."""
-        specs = [tf.type_spec_from_value(tensor) for tensor in self.tensors]
-        specs = [
+    def tensor_specs(self) -> list[Any]:
+        """The signatures of `tensors`, for any number of rows."""
+        specs = map(tf.type_spec_from_value, self.tensors)
+        return [
             tf.RaggedTensorSpec([None, *spec.shape[1:]], spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
             if isinstance(spec, tf.RaggedTensorSpec)
             else tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
             for spec in specs
         ]
-        return self._structured(specs, tf.type_spec_from_value(None))
+
+    @property
+    def element_spec(self) -> Any:
+        """The signature of a batch."""
+        return structured(self.layout, self.tensor_specs, none=tf.type_spec_from_value(None))
 
     @property
     def left(self) -> int:
         """How many batches are left in this pass."""
         return self.batches - self.position
 
-    def __iter__(self) -> Resident:
-        return copy.copy(self)
-
-    def __next__(self) -> Any:
-        return self.get_next_as_optional().get_value()
-
     def at(self, batch: int) -> Resident:
-        """An iterator that starts at a batch, counted from the first of the first pass."""
+        """An iterator that starts at a batch, counted from the first one of the first pass."""
         iterator = copy.copy(self)
         iterator.skip(batch)
         return iterator
@@ -89,37 +88,42 @@ class Resident:
             self._pass += passes
             self.order = self.order_of(self._pass)
 
-    def order_of(self, number: Any) -> tf.Tensor | None:
+    def order_of(self, number: Any) -> tf.Tensor:
         """The order of a pass."""
+        rows = tf.range(self.rows, dtype=tf.int64)
         if self._seed is None:
-            return None
+            return rows
         seeds = tf.stack([tf.constant(self._seed, tf.int64), tf.cast(number, tf.int64)])
-        return tf.random.experimental.stateless_shuffle(tf.range(self.rows, dtype=tf.int64), seeds)
+        return tf.random.experimental.stateless_shuffle(rows, seeds)
 
-    @property
-    def key(self) -> Any:
-        """What a graph depends on that gathers batches, besides their signature."""
-        return self.batch_size, self.rows, self.order is None, str(self.layout)
+    def ahead(self, batches: int) -> Gathered:
+        """The batch of this pass that comes some batches after the next one."""
+        return Gathered(self, rows_of(self.order, tf.constant(self.position + batches), self.batch_size))
 
-    def rows_of(self, batch: int) -> Rows:
-        """The batch that follows the next one by some batches."""
-        return Rows(self, self.batch_rows(self.order, tf.constant(self.position + batch)))
-
-    def get_next_as_optional(self) -> Rows:
+    def get_next_as_optional(self) -> Gathered:
         """The next batch."""
-        rows = self.rows_of(0)
+        batch = self.ahead(0)
         self.skip(1)
-        return rows
+        return batch
 
-    def batch_rows(self, order: tf.Tensor | None, batch: tf.Tensor) -> tf.Tensor:
-        """The rows of a batch of this pass."""
-        first = tf.cast(batch, tf.int64) * self.batch_size
-        last = tf.minimum(first + self.batch_size, self.rows)
-        return tf.range(first, last) if order is None else order[first:last]
+    def __iter__(self) -> Resident:
+        return copy.copy(self)
 
-    def gather(self, tensors: list[Any], rows: tf.Tensor) -> Any:
-        """The batch with these rows."""
-        return self._structured([tf.gather(tensor, rows) for tensor in tensors], None)
+    def __next__(self) -> Any:
+        return self.get_next_as_optional().get_value()
 
-    def _structured(self, parts: list[Any], none: Any) -> Any:
-        return tf.nest.map_structure(lambda place: none if place < 0 else parts[place], self.layout)
+
+def rows_of(order: tf.Tensor, batch: tf.Tensor, batch_size: Any) -> tf.Tensor:
+    """The rows of a batch of a pass with this order."""
+    first, size = tf.cast(batch, tf.int64), tf.cast(batch_size, tf.int64)
+    return order[first * size : (first + 1) * size]
+
+
+def gather(layout: Any, tensors: list[Any], rows: tf.Tensor) -> Any:
+    """The batch with these rows."""
+    return structured(layout, [tf.gather(tensor, rows) for tensor in tensors], none=None)
+
+
+def structured(layout: Any, parts: list[Any], none: Any) -> Any:
+    """The structure in which each place of `layout` is one of the parts."""
+    return tf.nest.map_structure(lambda place: none if place < 0 else parts[place], layout)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.compat import of_one_replica, temporary_graph
-from looplab.data.resident import Resident
+from looplab.data.resident import Resident, gather, rows_of
 from looplab.loop.context import recording
 from looplab.loop.graphs import Copies, captured, releasable, trace, written_variables
 from looplab.loop.step import Meaning, StepLogs
@@ -128,7 +128,7 @@ class Compiled:
             with recording():
                 rows, pictures, batch = self._on_iterator(iterator, *counts)
         elif isinstance(iterator, Resident):
-            rows, pictures, batch = self._on_resident(iterator, steps, counts)
+            rows, pictures, batch = self._on_resident(iterator, counts)
         else:
             if self._traced is None:
                 self._traced = tf.function(self._on_iterator).get_concrete_function(iterator, *counts)
@@ -214,26 +214,26 @@ class Compiled:
                 batch = iterator.get_next_as_optional()
         return rows.stack()[:done], pictures.stack()[:done], batch
 
-    def _on_resident(self, data: Resident, steps: int, counts: tuple[tf.Tensor, ...]) -> tuple[Any, Any, Any]:
-        """Up to `steps` steps of the running pass over arrays."""
+    def _on_resident(self, data: Resident, counts: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Any]:
+        """The loop around the step, in the running pass over arrays."""
+        layout = data.layout
 
-        @tf.function
-        def call(tensors, order, position, left, first, steps, faulty, most_faulty):
+        def call(tensors, order, batch_size, position, left, first, steps, faulty, most_faulty):
             rows, pictures, done, continues = self._tables(steps)
             while continues:
-                batch = data.gather(tensors, data.batch_rows(order, position + done))
+                batch = gather(layout, tensors, rows_of(order, position + done, batch_size))
                 rows, pictures, fault = self._recorded(rows, pictures, done, first, batch)
                 done += 1
                 faulty = tf.where(fault > 0, faulty + 1, 0)
                 continues = self._continues((done < steps) & (done < left), fault, faulty, most_faulty)
             return rows.stack()[:done], pictures.stack()[:done]
 
-        arguments = data.tensors, data.order, tf.constant(data.position), tf.constant(data.left), *counts
-        key = data.key
-        if key not in self._on_arrays:
-            self._on_arrays[key] = call.get_concrete_function(*arguments)
-        rows, pictures = self._on_arrays[key](*arguments)
-        last = data.rows_of(len(rows) - 1)
+        sizes = [tf.constant(number) for number in (data.batch_size, data.position, data.left)]
+        if (key := str(layout)) not in self._on_arrays:
+            specs = data.tensor_specs, tf.TensorSpec([None], tf.int64)
+            self._on_arrays[key] = tf.function(call).get_concrete_function(*specs, *sizes, *counts)
+        rows, pictures = self._on_arrays[key](data.tensors, data.order, *sizes, *counts)
+        last = data.ahead(len(rows) - 1)
         data.skip(len(rows))
         return rows, pictures, last
 
