@@ -101,9 +101,10 @@ def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
 
 def known(argument: str, given: Any) -> None:
     """Requires that Keras knows the names in `loss` or `metrics`, which may have any structure."""
-    names = compat.NAMES[argument]
+    names = compat.NAMES["loss" if argument == "loss" else "metrics"]
     for name in keras.tree.flatten(given):
-        if isinstance(name, str) and name not in names and name.lower() not in names:
+        is_known = not isinstance(name, str) or name in names or name.lower() in names
+        if not is_known and keras.saving.get_registered_object(name) is None:
             hint = _nearest(name, names, repr, "pass the function or object itself.")
             raise ValueError(f"`{argument}` has {name!r}, which Keras does not know: {hint}")
 

@@ -24,6 +24,35 @@ NAMES = {
 """The names that Keras's `compile` takes, by argument; `dir(keras.losses)` lacks the short ones, such as "mse"."""
 
 
+KERAS_TRAINER = next(kind for kind in keras.Model.__mro__ if "compile" in vars(kind))
+"""The class of all that Keras can compile and fit; `keras.Model` is a subclass, and layers may be."""
+
+
+def compile_arguments(model: Any) -> dict[str, Any]:
+    """What a model was compiled with; `get_compile_config` has only what can be serialized."""
+    loss, metrics = model._compile_loss, model._compile_metrics
+    return {
+        "optimizer": getattr(model, "optimizer", None),
+        "loss": None if loss is None else loss._user_loss,
+        "loss_weights": None if loss is None else loss._user_loss_weights,
+        "metrics": None if metrics is None else metrics._user_metrics,
+        "weighted_metrics": None if metrics is None else metrics._user_weighted_metrics,
+        "run_eagerly": model.run_eagerly,
+        "steps_per_execution": model.steps_per_execution,
+        "jit_compile": model.jit_compile,
+    }
+
+
+def compile_parts(model: Any) -> tuple[Any, Any, Any]:
+    """The loss of a compiled model's targets, its metrics, and its mean of the loss; None for what it does not have."""
+    return model._compile_loss, model._compile_metrics, model._loss_tracker
+
+
+def is_jit_by_default(model: Any) -> bool:
+    """Whether `jit_compile="auto"` turns XLA on for a model."""
+    return model._resolve_auto_jit_compile()
+
+
 def all_layers(layer: keras.Layer) -> list[keras.Layer]:
     """The layer and all layers inside it; `Model.layers` has only those directly inside."""
     return list(layer._flatten_layers())

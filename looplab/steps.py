@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from looplab import checks
+from looplab.keras_models import own_method
 from looplab.loop import context, step_checks
 from looplab.loop.engine import Engine
 from looplab.names import check_assignment, check_subclass
@@ -18,9 +19,6 @@ from looplab.summaries import projector
 from looplab.summaries.writer import image_content
 from looplab.walk import OURS
 from looplab.warn import warn
-
-METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
-"""The methods of a Keras model that are used if its class overrides them."""
 
 
 class Steps:
@@ -42,7 +40,7 @@ class Steps:
             of one, is that metric's result over the epoch, whatever its name. The epoch's value of anything else is the
             mean over the batches, weighted by their number of examples.
         """
-        if own := _own(self, "train_step"):
+        if own := own_method(self.model, "train_step"):
             return own(batch)
         x, y, sample_weight = step_checks.parts(batch)
         with tf.GradientTape() as tape:
@@ -53,7 +51,7 @@ class Steps:
 
     def test_step(self, batch: Any) -> dict[str, Any]:
         """Evaluates one batch; takes and returns what `train_step` does."""
-        if own := _own(self, "test_step"):
+        if own := own_method(self.model, "test_step"):
             return own(batch)
         x, y, sample_weight = step_checks.parts(batch)
         y_pred = self(x, training=False)
@@ -62,7 +60,7 @@ class Steps:
 
     def predict_step(self, batch: Any) -> Any:
         """The outputs for one batch: a tensor or a structure of tensors, with the examples along the first axis."""
-        if own := _own(self, "predict_step"):
+        if own := own_method(self.model, "predict_step"):
             return own(batch)
         x, _, _ = step_checks.parts(batch)
         return self(x, training=False)
@@ -83,12 +81,12 @@ class Steps:
         TensorBoard shows each part as `batch_loss/<part>`: the loss function's name, the path of each layer that called
         `add_loss` (with `_2` for its second call in this step), and `regularization`.
         """
-        if own := _own(self, "compute_loss"):
+        if own := own_method(self.model, "compute_loss"):
             return own(x, y, y_pred, sample_weight)
         step, objective = _running(self._looplab), self._looplab.runner.objective
         losses = step.ledger.take(self.trainable_variables)
         if objective.loss is not None:
-            losses.insert(0, objective.compute_loss(step, x, y, y_pred, sample_weight))
+            losses.insert(0, objective.compute_loss(step, y, y_pred, sample_weight))
         if not losses:
             raise ValueError(
                 "There is no loss: pass `loss`, let the model call `add_loss`, or override `compute_loss` or the step."
@@ -102,7 +100,7 @@ class Steps:
         each.
         """
         step, objective = _running(self._looplab), self._looplab.runner.objective
-        if own := _own(self, "compute_metrics"):
+        if own := own_method(self.model, "compute_metrics"):
             return objective.completed(step, own(x, y, y_pred, sample_weight))
         return objective.compute_metrics(step, y, y_pred, sample_weight)
 
@@ -260,16 +258,6 @@ class Steps:
         if name == "compile":
             raise AttributeError("A trainer has no `compile`: pass optimizer, loss and metrics to its constructor.")
         return object.__getattribute__(self, name)  # raises what a property raised
-
-
-def overrides(model: Any, name: str) -> bool:
-    """Whether the class of a Keras model overrides a method of `keras.Model`."""
-    return isinstance(model, keras.Model) and getattr(type(model), name) is not getattr(keras.Model, name)
-
-
-def _own(trainer: Steps, name: str) -> Callable[..., Any] | None:
-    """The model's own method, if its class overrides that of `keras.Model`."""
-    return getattr(trainer.model, name) if overrides(trainer.model, name) else None
 
 
 def _running(engine: Engine) -> context.Step:

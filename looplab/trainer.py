@@ -15,12 +15,13 @@ from looplab.callbacks import with_bar
 from looplab.checkpoint.policy import Checkpoint
 from looplab.checkpoint.resume import open_store
 from looplab.data.arrays import held_out, is_arrays
+from looplab.keras_models import execution_of
 from looplab.loop.engine import Engine, joined
 from looplab.loop.fit import Fit
 from looplab.loop.guard import Fault
 from looplab.loop.saving import restore, skip
 from looplab.loop.weights import ClassWeights
-from looplab.steps import METHODS, Steps, overrides
+from looplab.steps import Steps
 from looplab.variables import to_numpy
 
 Callbacks: TypeAlias = keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None
@@ -36,16 +37,16 @@ class Trainer(Steps):
     Args:
         model: A Keras model or layer, a `tf.Module`, or a function that uses variables. It is called with a batch's x,
             and with `training=` if it takes that. Optional for a subclass with its own steps.
-        optimizer, loss, loss_weights, metrics: As in `keras.Model.compile`. Without `loss`, the loss is what the model
-            adds with `add_loss`.
+        optimizer, loss, loss_weights, metrics, weighted_metrics, auto_scale_loss: As in `keras.Model.compile`; by
+            default what `model` was compiled with. Without `loss`, the loss is what the model adds with `add_loss`.
         log_dir: Folder for TensorBoard's event files, in `train` and `validation`, and for `checkpoints`. None writes
             nothing.
         seed: Of the order of the data and of `seed_generator`. By default it is drawn from Python's `random`, which
             `keras.utils.set_random_seed` seeds, as Keras draws the seeds of its layers.
         steps_per_execution: How many steps one graph call runs. "auto" returns to Python about five times a second. It
             never changes a result.
-        jit_compile: Whether XLA compiles the step.
-        run_eagerly: Whether Python runs the step line by line, for debugging: slow.
+        jit_compile: Whether XLA compiles the step; by default whether `model` was compiled with True.
+        run_eagerly: Whether Python runs the step line by line, for debugging: slow. By default as `model` was compiled.
         checkpoint: When to save all state to `log_dir/checkpoints`, and what to keep; None saves nothing.
 
     Example:
@@ -71,27 +72,28 @@ class Trainer(Steps):
         loss: Any = None,
         loss_weights: Any = None,
         metrics: Any = None,
+        weighted_metrics: Any = None,
+        auto_scale_loss: bool | None = None,
         log_dir: str | Path | None = None,
         seed: int | None = None,
         steps_per_execution: int | str = "auto",
-        jit_compile: bool = False,
-        run_eagerly: bool = False,
+        jit_compile: bool | None = None,
+        run_eagerly: bool | None = None,
         checkpoint: Checkpoint | None = Checkpoint(),
     ):
         checks.steps_per_execution(steps_per_execution)
         checks.checkpoint(checkpoint, Checkpoint, log_dir)
         self.model = model
-        self._looplab = Engine.of(self, optimizer, loss, loss_weights, metrics, log_dir, seed)
+        given = {"optimizer": optimizer, "loss": loss, "loss_weights": loss_weights, "metrics": metrics}
+        given |= {"weighted_metrics": weighted_metrics, "auto_scale_loss": auto_scale_loss}
+        self._looplab = Engine.of(self, {n: v for n, v in given.items() if v is not None}, log_dir, seed)
         self.optimizer = self._looplab.runner.objective.optimizer
-        if isinstance(model, keras.Model) and any(overrides(model, name) for name in METHODS) and not model.compiled:
-            # The model's own steps use what it is compiled with.
-            model.compile(optimizer=self.optimizer, loss=loss, loss_weights=loss_weights, metrics=metrics)
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         """For the random numbers of a step."""
         self.checkpoint = checkpoint
-        self.steps_per_execution = steps_per_execution
-        self.jit_compile = jit_compile
-        self.run_eagerly = run_eagerly
+        self.steps_per_execution, self.jit_compile, self.run_eagerly = execution_of(
+            model, steps_per_execution, jit_compile, run_eagerly
+        )
         self.history: keras.callbacks.History | None = None
         """That of the last `fit`."""
         self.stop_training = False

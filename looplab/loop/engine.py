@@ -53,12 +53,10 @@ class Engine:
         self.metrics = PassMetrics(runner)
 
     @classmethod
-    def of(
-        cls, trainer: Any, optimizer: Any, loss: Any, loss_weights: Any, metrics: Any, log_dir: Any, seed: int | None
-    ) -> Engine:
-        """The engine of a trainer that gets these arguments."""
+    def of(cls, trainer: Any, given: dict[str, Any], log_dir: Any, seed: int | None) -> Engine:
+        """The engine of a trainer that gets these arguments; `given` are those of Keras's `compile`."""
         warnings = Warnings()
-        objective = Objective(trainer.model, optimizer, loss, loss_weights, metrics, warnings)
+        objective = Objective(trainer.model, given, warnings)
         runner = StepRunner(trainer, objective, Variables(trainer, {"metrics": objective.compiled}), warnings)
         # Absolute, because the program may change its working directory.
         folder = RunFolder(None if log_dir is None else local_path("log_dir", log_dir).absolute())

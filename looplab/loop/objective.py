@@ -13,6 +13,8 @@ import tensorflow as tf
 
 from looplab import checks
 from looplab.checkpoint.callbacks import settings_of
+from looplab.compat import compile_parts
+from looplab.keras_models import compiled_model, compiled_with, overrides
 from looplab.loop import plausible, step_checks
 from looplab.loop.context import Step
 from looplab.loop.graphs import creating_ahead
@@ -26,37 +28,45 @@ class Objective:
     """What the default steps minimize and measure.
 
     Args:
-        model, optimizer, loss, loss_weights, metrics: As passed to the trainer.
+        model: That of the trainer.
+        given: The arguments of Keras's `compile` that were passed to the trainer.
         doubts: For what looks wrong but may be intended.
     """
 
-    def __init__(
-        self, model: Any, optimizer: Any, loss: Any, loss_weights: Any, metrics: Any, doubts: Warnings
-    ) -> None:
-        checks.known("loss", loss)
-        checks.known("metrics", metrics)
-        self.loss, self.loss_weights, self.metrics = loss, loss_weights, metrics
-        # A Keras model without layers knows how losses and metrics, given as names, lists or dicts, match outputs.
-        self.compiled = keras.Model(name="compiled", dtype=getattr(model, "dtype_policy", None))
-        if isinstance(model, keras.Model) and hasattr(model, "output_names"):
-            self.compiled.output_names = model.output_names
-        self.compile(optimizer)
-        self.optimizer = self.compiled.optimizer
-        # Now, because a callback may change a learning rate.
-        self.made_with = {"optimizer": settings_of(self.optimizer), "loss": settings_of(loss)}
-        """The settings of the optimizer and the loss, in words."""
+    def __init__(self, model: Any, given: dict[str, Any], doubts: Warnings) -> None:
+        for argument in ("loss", "metrics", "weighted_metrics"):
+            checks.known(argument, given.get(argument))
+        self.compiled = compiled_model(model, given)
+        """Knows how losses and metrics, given as names, lists or dicts, match the outputs."""
         self._bounded = ""  # the part of the loss that is at most 1 if targets are in the range of the outputs
         self._compared: list[plausible.Comparison] = []  # what the losses of the last trace compared
         self._doubts = doubts
+        self._read()
+        self.optimizer = self.compiled.optimizer
+        if self.compiled is not model:
+            self.compiled.optimizer = None  # the trainer has it, and users may replace it there
 
-    def compile(self, optimizer: Any) -> None:
+    def _read(self) -> None:
+        arguments = compiled_with(self.compiled)
+        self.loss, self.loss_weights, self.metrics = (arguments[n] for n in ("loss", "loss_weights", "metrics"))
+        self._loss, self._metrics, self.mean = compile_parts(self.compiled)
+        # Now, because a callback may change a learning rate.
+        self.made_with = {"optimizer": settings_of(arguments["optimizer"]), "loss": settings_of(self.loss)}
+        """The settings of the optimizer and the loss, in words."""
+
+    def follow(self) -> bool:
+        """Uses what the model was compiled with since; returns whether it was."""
+        if (self._loss, self._metrics, self.mean) == compile_parts(self.compiled):
+            return False
+        self._read()
+        self.optimizer = self.compiled.optimizer
+        return True
+
+    def forget(self) -> None:
         """Forgets how losses and metrics matched the outputs of an earlier trace."""
-        self.compiled.compile(optimizer=optimizer, loss=self.loss, loss_weights=self.loss_weights, metrics=self.metrics)
-
-    @property
-    def mean(self) -> keras.Metric:
-        """Keras's tracker of the loss, which callbacks look up among the metrics."""
-        return self.compiled.metrics[0]
+        if not overrides(self.compiled, "compile"):
+            self.compiled.compile(**compiled_with(self.compiled))
+            self._loss, self._metrics, self.mean = compile_parts(self.compiled)
 
     @property
     def output_losses(self) -> dict[str, keras.Metric]:
@@ -66,19 +76,18 @@ class Objective:
         distinguishes metrics with one name.
         """
         by_name: dict[str, keras.Metric] = {}
-        for metric in self.compiled.metrics:
-            if isinstance(metric, keras.metrics.Mean) and metric.name.endswith("_loss"):
-                names = itertools.chain([metric.name], (f"{metric.name}_{count}" for count in itertools.count(1)))
-                by_name[next(name for name in names if name not in by_name)] = metric
+        for metric in getattr(self._loss, "metrics", []):
+            names = itertools.chain([metric.name], (f"{metric.name}_{count}" for count in itertools.count(1)))
+            by_name[next(name for name in names if name not in by_name)] = metric
         return by_name
 
-    def compute_loss(self, step: Step, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+    def compute_loss(self, step: Step, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
         """The loss of the targets; enters its parts in the step's ledger."""
         step_checks.targets(y, self.loss)
         self._compared = []
         given = {"loss": self.loss, "y": y, "sample_weight": sample_weight, "loss_weights": self.loss_weights}
         with self._inspecting(step, y), step_checks.structures(y_pred, **given):
-            total = self.compiled.compute_loss(x, y, y_pred, sample_weight)
+            total = self._loss(y, y_pred, sample_weight)
         # Keras divides a loss by the number of replicas; `minimize` does so for all losses, whatever they come from.
         total *= tf.distribute.get_strategy().num_replicas_in_sync
         parts = self._parts(total)
@@ -139,14 +148,14 @@ class Objective:
         """Updates the metrics, and returns their results by name."""
         assert step.metrics is not None
         by_output = self.output_losses
-        metrics = [metric for metric in self.compiled.metrics[1:] if metric not in by_output.values()]
+        metrics = [] if self._metrics is None else [self._metrics]
         with step_checks.structures(y_pred, y=y, metrics=self.metrics):
             for metric in metrics:
-                if not getattr(metric, "built", True):
+                if not metric.built:
                     with creating_ahead():
                         metric.build(y, y_pred)
                 metric.update_state(y, y_pred, sample_weight)
-        self._check_metrics(inner for metric in metrics for inner in getattr(metric, "metrics", [metric]))
+        self._check_metrics(inner for metric in metrics for inner in metric.metrics)
         by_name = [*((metric.name, metric) for metric in metrics), *by_output.items()]
         results = [(name, metric.result()) for name, metric in by_name]
         named = [one for name, result in results for one in step.metrics.named(name, result)]

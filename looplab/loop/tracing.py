@@ -16,8 +16,9 @@ import tensorflow as tf
 from looplab.compat import all_layers, learning_rate, of_one_replica
 from looplab.data.batches import changes
 from looplab.data.randomness import random_operations
-from looplab.loop.compiled import Compiled, Predictor
+from looplab.loop.compiled import Compiled
 from looplab.loop.errors import raise_own
+from looplab.loop.predictor import Predictor
 from looplab.loop.step import StepRunner
 from looplab.walk import OURS
 from looplab.warn import warn
@@ -63,6 +64,8 @@ class Tracer:
             eagerly: Whether Python runs the step line by line; by default the trainer's `run_eagerly`.
         """
         trainer = self._runner.trainer
+        if self._runner.objective.follow():
+            trainer.optimizer = self._runner.objective.optimizer
         eagerly = trainer.run_eagerly if eagerly is None else eagerly
         class_weights = self._runner.class_weights if kind == "train" else None
         key = kind, trainer.jit_compile, eagerly, class_weights
@@ -79,7 +82,7 @@ class Tracer:
                 compiled = make(element_spec, eagerly)
             except Exception as error:
                 if is_first:  # the next trace matches losses and metrics with outputs anew
-                    self._runner.objective.compile(trainer.optimizer)
+                    self._runner.objective.forget()
                 raise_own(error)
                 raise
             self._traces.append(_Trace(key, element_spec, compiled, self._dependencies()))
@@ -133,7 +136,7 @@ class Tracer:
     def _dependencies(self) -> list[Any]:
         """Everything that a user may replace or set between two calls of `fit`, and that a trace cannot follow."""
         runner = self._runner
-        found: list[Any] = [runner.trainer.model, runner.objective.loss]
+        found: list[Any] = [runner.trainer.model, runner.objective.loss, runner.objective.mean]
         for held in runner.variables.walk():
             found.append(held.thing)
             if isinstance(held.thing, keras.Layer):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from looplab.loop.compiled import CallLogs, Compiled, Predictor
+from looplab.loop.compiled import CallLogs, Compiled
 from looplab.loop.pace import Pace
+from looplab.loop.predictor import Predictor
 from looplab.loop.step import Meaning, StepLogs
 
 SPEC = tf.TensorSpec((None,), tf.float32)

@@ -15,7 +15,8 @@ Y, PRED = np.float32([[1.0], [3.0]]), np.float32([[2.0], [5.0]])
 
 
 def objective(loss, metrics=None, loss_weights=None, doubts=None):
-    return Objective(None, None, loss, loss_weights, metrics, doubts or Warnings())
+    given = {"loss": loss, "loss_weights": loss_weights, "metrics": metrics}
+    return Objective(None, given, doubts or Warnings())
 
 
 def step_of(one):
@@ -24,7 +25,7 @@ def step_of(one):
 
 def loss_of(one, step, y, y_pred, sample_weight=None):
     with recording(), running(step):
-        return float(one.compute_loss(step, None, y, y_pred, sample_weight))
+        return float(one.compute_loss(step, y, y_pred, sample_weight))
 
 
 def parts(step):
@@ -86,7 +87,7 @@ def test_warns_of_what_looks_wrong():
 
     @tf.function
     def graph(y, x):
-        one.compute_loss(step, None, y, tf.sigmoid(x), None)
+        one.compute_loss(step, y, tf.sigmoid(x), None)
 
     with recording(), running(step):
         graph(tf.constant(Y), tf.constant(PRED))

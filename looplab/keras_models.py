@@ -1,0 +1,79 @@
+"""What a Keras model brings along: its own steps, and what it was compiled with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from looplab import compat
+
+METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+"""The methods of a Keras model that are used if its class overrides them."""
+
+
+def is_keras(model: Any) -> bool:
+    """Whether a model has Keras's `compile` and `fit`."""
+    return isinstance(model, compat.KERAS_TRAINER)
+
+
+def overrides(model: Any, name: str) -> bool:
+    """Whether the class of a Keras model overrides a method of `keras.Model`."""
+    return is_keras(model) and getattr(type(model), name) is not getattr(keras.Model, name)
+
+
+def own_method(model: Any, name: str) -> Callable[..., Any] | None:
+    """The model's own method, if its class overrides that of `keras.Model`."""
+    return getattr(model, name) if overrides(model, name) else None
+
+
+def compiled_with(model: Any) -> dict[str, Any]:
+    """The arguments of `compile` that a Keras model was given; {} if it was not compiled."""
+    return compat.compile_arguments(model) if is_keras(model) and model.compiled else {}
+
+
+def compiled_model(model: Any, given: dict[str, Any]) -> Any:
+    """The Keras model that knows how losses and metrics match the outputs of `model`.
+
+    It is `model` itself if that is compiled and nothing is given, or if it has steps of its own, which use what it is
+    compiled with; otherwise a model without layers, which leaves `model` as it is.
+
+    Args:
+        model: Any model, or None.
+        given: The arguments of `compile` that were passed to the trainer; they take precedence.
+
+    Raises:
+        ValueError: Some are given, but the model's own steps use its own `compile`.
+    """
+    arguments = {"optimizer": None, **compiled_with(model), **given}
+    if compiled_with(model) and not given:
+        return model
+    if any(overrides(model, name) for name in METHODS):
+        if not overrides(model, "compile"):
+            model.compile(**arguments)
+            return model
+        if given:
+            raise ValueError(
+                f"`{next(iter(given))}` is given, but the steps of `{type(model).__name__}` use its own `compile`: "
+                f"pass it to `model.compile`."
+            )
+    compiled = keras.Model(name="compiled", dtype=getattr(model, "dtype_policy", None))
+    if is_keras(model) and hasattr(model, "output_names"):
+        compiled.output_names = model.output_names
+    compiled.compile(**arguments)
+    return compiled
+
+
+def execution_of(model: Any, steps_per_execution: Any, jit_compile: Any, run_eagerly: Any) -> tuple[Any, bool, bool]:
+    """How steps run: as the trainer was asked ("auto" and None are its defaults), else as `model` was compiled.
+
+    Keras's own defaults count as looplab's. Its "auto" of `jit_compile` is True on most GPUs, where only True for a
+    model with another default shows that it was passed.
+    """
+    arguments = compiled_with(model)
+    if steps_per_execution == "auto" and arguments.get("steps_per_execution", 1) != 1:
+        steps_per_execution = arguments["steps_per_execution"]
+    if jit_compile is None:
+        jit_compile = bool(arguments.get("jit_compile")) and not compat.is_jit_by_default(model)
+    return steps_per_execution, jit_compile, bool(arguments.get("run_eagerly") if run_eagerly is None else run_eagerly)
