@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from looplab.checkpoint.histories import Histories
 from looplab.summaries.lock import can_resume, no_other_run
 from looplab.summaries.writer import RunWriter
 
@@ -29,7 +28,6 @@ class RunFolder:
     def __init__(self, path: Path | None):
         self.path = path
         self.events = RunWriter(path)
-        self.histories = Histories(path)
         self._is_taken = False
         self._waiting: list[tuple[Write, bool]] = []  # (write, if_resumed)
 
