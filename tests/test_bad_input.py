@@ -1398,7 +1398,7 @@ def test_each_damage_is_detected(name, damage, saved_run, tmp_path):
     run = Place(tmp_path, saved_run).run()
     damaged, older = newest(run), run / "checkpoints" / OLDER
     DAMAGES[damage](damaged / name)
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="Skipped: ") as warned:
         saved = Store(run / "checkpoints", looplab.Checkpoint()).newest()
     assert saved.path == older
     (reason,) = (str(warning.message) for warning in warned)

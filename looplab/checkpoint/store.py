@@ -84,7 +84,7 @@ class Store:
         """
         self.wait()
         path = self.folder / f"step-{snapshot.state.steps}-epoch-{snapshot.state.epochs}"
-        if self.saves and not path.exists():  # else nothing has changed since, as at the start of a second `fit`
+        if not path.exists():  # else nothing has changed since, as at the start of a second `fit`
             self._pending = self._writer.submit(self._write, path, [*durable], *flatten(snapshot), monitored)
         self._saved_at = time.monotonic()
 

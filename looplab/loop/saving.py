@@ -104,7 +104,9 @@ class Saving:
         self._before_validation = {}
 
     def save(self) -> None:
-        """Commits a checkpoint."""
+        """Commits a checkpoint, if the call saves any."""
+        if not self._store.saves:
+            return
         self._store.wait()  # for at most one copy of the variables in memory
         self._store.commit(self._captured(), self.monitored(), self._engine.folder.events.files())
         self._saved_steps = self._engine.state.steps
@@ -112,16 +114,17 @@ class Saving:
     def _captured(self) -> Snapshot:
         """Everything that decides how the training continues."""
         engine, state, callbacks = self._engine, self._engine.state, self._callbacks.callbacks
-        before = {"test_steps": state.test_steps, "files": engine.folder.events.sizes()} | self._before_validation
+        now: dict[str, Any] = {"test_steps": state.test_steps, "files": engine.folder.events.sizes()}
+        before_validation = now | self._before_validation
         logs = {name: float(value) for name, value in state.logs.items() if isinstance(value, numbers.Real)}
         with engine.runner.eager_lock:
             variables = values_of(engine.runner.variables.by_path())
         return Snapshot(
-            state=dataclasses.replace(state, test_steps=before["test_steps"], logs=logs),
+            state=dataclasses.replace(state, test_steps=before_validation["test_steps"], logs=logs),
             asked=self._asked,
             stopped_by=self._stopped_by(),
             starts=[self.starts, 0 if self._validation is None else self._validation.starts],
-            files=before["files"],
+            files=before_validation["files"],
             appended=memory.appended(callbacks),
             callbacks=memory.changed(memory.attributes(callbacks), *self._at_first),
             variables=variables,
