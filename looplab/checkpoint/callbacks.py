@@ -52,10 +52,10 @@ def attributes(callbacks: Callbacks) -> Attributes:
 def changed(now: Attributes, *before: Attributes) -> Attributes:
     """The attributes that differ from any of the earlier ones: those that a program sets itself are not saved."""
 
-    def is_new(key: str, name: str, value: Any) -> bool:
-        return any(name not in then.get(key, {}) or not same(value, then[key][name]) for then in before)
+    def is_as_before(key: str, name: str, value: Any) -> bool:
+        return all(name in then.get(key, {}) and same(value, then[key][name]) for then in before)
 
-    return {key: {n: v for n, v in values.items() if is_new(key, n, v)} for key, values in now.items()}
+    return {key: {n: v for n, v in values.items() if not is_as_before(key, n, v)} for key, values in now.items()}
 
 
 def restore(callbacks: Callbacks, saved: Attributes, checkpoint: Path) -> None:

@@ -65,8 +65,7 @@ class Store:
         if not self.saves or monitored is None:
             return False
         self.wait()
-        best = self._best_first(unreadable=-math.inf)[:1]
-        return all(self._worth(monitored) > worth for worth, _ in best)
+        return all(self._worth(monitored) > worth for worth, _ in self._best_first()[:1])
 
     # Writing.
 
@@ -105,8 +104,8 @@ class Store:
 
     def drop_newer(self, path: Path) -> None:
         """Removes the checkpoints newer than `path`, from which a run resumes: they are damaged."""
-        paths = self.paths()
-        for newer in paths[: paths.index(path)] if self.saves else []:
+        paths = self.paths() if self.saves else [path]
+        for newer in paths[: paths.index(path)]:
             self._remove(newer)
 
     def clean(self) -> None:
@@ -133,10 +132,9 @@ class Store:
 
     def _retain(self) -> None:
         """Removes all checkpoints but the newest ones and the best."""
-        is_ranked = self.lower_is_better is not None
-        best = [path for _, path in self._best_first(unreadable=-math.inf)[:1]] if is_ranked else []
+        best = [] if self.lower_is_better is None else self._best_first()[:1]
         for path in reversed(self.paths()[self._keep :]):
-            if path not in best:
+            if path not in [path for _, path in best]:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -150,8 +148,9 @@ class Store:
 
     def paths(self) -> list[Path]:
         """All checkpoints, the newest first."""
-        found = [(match, path) for path in self.folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2])), reverse=True)]
+        matches = {path: _NAME.fullmatch(path.name) for path in self.folder.glob("step-*")}
+        counts = {path: tuple(map(int, match.groups())) for path, match in matches.items() if match}
+        return sorted(counts, key=counts.__getitem__, reverse=True)
 
     def newest(self) -> Saved | None:
         """The newest whole checkpoint, or None if there are none; warns about each that is skipped.
@@ -162,7 +161,7 @@ class Store:
         return self._first_whole(self.paths())
 
     def best(self) -> Saved | None:
-        """The best whole checkpoint, or None if none has a monitored value; warns and raises as `newest`."""
+        """The best whole checkpoint, or None if none has a monitored value; warns and raises as `newest` does."""
         return self._first_whole(path for _, path in self._best_first(unreadable=math.inf))
 
     def _first_whole(self, paths: Iterable[Path]) -> Saved | None:
@@ -185,12 +184,8 @@ class Store:
             )
         return None
 
-    def _best_first(self, unreadable: float) -> list[tuple[float, Path]]:
-        """(worth, path) of each checkpoint with a monitored value, the best first, and of equals the newest first.
-
-        Args:
-            unreadable: The worth of a checkpoint whose value cannot be read.
-        """
+    def _best_first(self, unreadable: float = -math.inf) -> list[tuple[float, Path]]:
+        """(worth, path) of each checkpoint with a monitored value, or with an unreadable one: the best, newest first."""
         ranked: list[tuple[float, Path]] = []
         for path in self.paths():
             try:
