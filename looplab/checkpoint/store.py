@@ -185,7 +185,7 @@ class Store:
         return None
 
     def _best_first(self, unreadable: float = -math.inf) -> list[tuple[float, Path]]:
-        """(worth, path) of each checkpoint with a monitored value, or with an unreadable one: the best, newest first."""
+        """(worth, path) of each checkpoint with a monitored or an unreadable value: the best first, then the newest."""
         ranked: list[tuple[float, Path]] = []
         for path in self.paths():
             try:
