@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from looplab.warn import say
 
+__all__ = ["EpochLine", "Pictures", "ProgressBar", "tile", "write_png"]
+
 
 class ProgressBar(keras.callbacks.Callback):
     """A line for each epoch: its loss and metrics, steps per second, and the time left.

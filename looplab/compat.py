@@ -63,11 +63,6 @@ def direction(metric: keras.Metric) -> str | None:
     return getattr(metric, "_direction", None)
 
 
-def set_monitor_op(callback: keras.callbacks.Callback) -> None:
-    """Lets an `EarlyStopping` choose its `monitor_op`, which it does at the end of its first epoch."""
-    callback._set_monitor_op()
-
-
 def trained_by(optimizer: keras.Optimizer) -> list[Any]:
     """The variables that an optimizer was built for; `optimizer.variables` has only its own."""
     return optimizer._trainable_variables

@@ -108,9 +108,9 @@ def _store(folder: Path) -> Store:
 
 def _outcome(folder: Path) -> dict[str, Any]:
     """The result of a training: its variables, its state and its points on TensorBoard, by name."""
-    saved, _ = _store(folder).newest()
+    saved = _store(folder).newest()
     assert saved is not None
-    snapshot = saved.load(2**40)
+    snapshot = saved.snapshot
     variables, snapshot.variables, snapshot.files = snapshot.variables, {}, {}  # a resumed run has more files
     outcome = {f"variable {value.name} ({path})": value.value for path, value in variables.items()}
     tree, arrays = flatten(snapshot)

@@ -13,13 +13,12 @@ import tensorflow as tf
 from looplab import checks
 from looplab.callbacks import with_bar
 from looplab.checkpoint.policy import Checkpoint
-from looplab.checkpoint.resume import open_store
 from looplab.data.arrays import held_out, is_arrays
 from looplab.keras_models import execution_of
 from looplab.loop.engine import Engine, joined
 from looplab.loop.fit import Fit
 from looplab.loop.guard import Fault
-from looplab.loop.saving import restore, skip
+from looplab.loop.resume import Resume, restore
 from looplab.loop.weights import ClassWeights
 from looplab.steps import Steps
 from looplab.variables import to_numpy
@@ -165,9 +164,7 @@ class Trainer(Steps):
         if validation_split and validation_data is None:
             x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
         with engine.folder.owned(resume):
-            store, resumed = open_store(engine.folder, self.checkpoint, engine.state.fits, resume)
-            if resumed.saved is not None and not engine.is_seeded:
-                engine.state.seed = resumed.saved.snapshot.state.seed
+            found = Resume(engine, self.checkpoint, resume)
             first = max(self.epochs, initial_epoch)
             train = engine.batches(
                 "x", x, y, sample_weight, batch_size, shuffle=shuffle, steps=steps_per_epoch, training_from=first
@@ -178,11 +175,11 @@ class Trainer(Steps):
                 parts = keras.utils.unpack_x_y_sample_weight(validation_data)
                 size = validation_batch_size or (batch_size if is_arrays(parts[0]) else None)
                 validation = engine.batches("validation_data", *parts, size, steps=validation_steps)
-            if resumed.is_skipped:
-                self.history = skip(engine, train, resumed)
+            if found.is_skipped:
+                self.history = found.skip(train)
                 return self.history
             data = train, validation, validation_freq
-            return Fit(engine, *data, given, initial_epoch, epochs, verbose, store, resumed).run()
+            return Fit(engine, *data, given, initial_epoch, epochs, verbose, found).run()
 
     @checks.named
     def evaluate(

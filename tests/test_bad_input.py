@@ -1398,9 +1398,10 @@ def test_each_damage_is_detected(name, damage, saved_run, tmp_path):
     run = Place(tmp_path, saved_run).run()
     damaged, older = newest(run), run / "checkpoints" / OLDER
     DAMAGES[damage](damaged / name)
-    saved, skipped = Store(run / "checkpoints", looplab.Checkpoint()).newest()
+    with pytest.warns(UserWarning, match="Skipped: ") as warned:
+        saved = Store(run / "checkpoints", looplab.Checkpoint()).newest()
     assert saved.path == older
-    (reason,) = skipped
+    (reason,) = (str(warning.message) for warning in warned)
     assert f"checkpoint {damaged} is damaged: " in reason
     if name != "manifest.json":  # a checksum in that may be damaged
         assert name in reason

@@ -193,21 +193,10 @@ class Growing(keras.callbacks.Callback):
             self.losses = self.make()
 
 
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: ["\0" * 2**20] * 6, r"and 37\d+ of everything else, .* Growing\.losses\. "),
-        (lambda: np.zeros(2**28 + 2**20, np.int8), r"would have 269\d+ bytes of arrays .* Growing\.losses\. "),
-        (
-            lambda: [np.float32(1)] * 200_000,
-            r"header of arrays\.safetensors has \d+ bytes, and at most 16777216 can be read",
-        ),
-    ],
-    ids=["state", "arrays", "header"],
-)
-def test_what_could_not_be_read_again_is_not_written(make, match, tmp_path):
-    built = recipe(lambda: [Counter(1), Growing(make)], 1, log_dir=tmp_path, checkpoint=looplab.Checkpoint(every=1))
-    with pytest.raises(ValueError, match=match + r".*[kK]eep fewer"):
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    callbacks = [Counter(1), Growing(lambda: ["\0" * 2**20] * 6)]
+    built = recipe(lambda: callbacks, 1, log_dir=tmp_path, checkpoint=looplab.Checkpoint(every=1))
+    with pytest.raises(ValueError, match=r"state\.json would have 37\d+ bytes, and at most 33554432 .* Keep fewer"):
         built.fit(verbose=0)
     whole = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith("step-")]
     assert whole == ["step-1-epoch-0"]

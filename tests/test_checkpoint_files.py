@@ -5,17 +5,16 @@ import pytest
 import tensorflow as tf
 from safetensors.numpy import load_file
 
-from looplab.checkpoint.files import ARRAYS, CheckpointError, read_arrays, read_state, write
-from looplab.checkpoint.tree import flatten, is_plain, same, unflatten
+from looplab.checkpoint.files import ARRAYS, monitored_in, read, write
+from looplab.checkpoint.tree import flatten, is_plain, same
 
 DTYPES = ["bool", "int8", "int64", "uint16", "uint64", "float16", "float32", "float64", "complex64"]
 DTYPES += ["bfloat16", "float8_e4m3fn", "float8_e5m2"]
 
 
 def restored(state, folder):
-    tree, arrays = flatten(state)
-    write(folder, str(tree).replace("'", '"').replace("True", "true").encode(), arrays)
-    return unflatten(read_state(folder, verify_arrays=True), read_arrays(folder, 2**20))
+    write(folder, *flatten(state), monitored=None)
+    return read(folder)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,7 +47,14 @@ def test_others_read_the_arrays(tmp_path):
     assert load_file(tmp_path / ARRAYS)["/weights"].tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
-def test_larger_arrays_than_a_trainer_can_have_are_not_read(tmp_path):
-    write(tmp_path, b"{}", {"/a": np.zeros(2**25, np.uint8)})
-    with pytest.raises(CheckpointError, match="larger than this trainer can have written"):
-        read_arrays(tmp_path, 2**20)
+@pytest.mark.parametrize("value", [None, 0.1, 1e-300, float("inf")])
+def test_the_monitored_value_is_read_alone(value, tmp_path):
+    write(tmp_path, {}, {}, value)
+    (tmp_path / ARRAYS).unlink()
+    assert monitored_in(tmp_path) == value
+
+
+def test_more_arrays_than_can_be_read_again_are_not_written(tmp_path):
+    arrays = {f"{number}{'a' * 2**20}": np.zeros(0) for number in range(33)}
+    with pytest.raises(ValueError, match=r"the header of arrays\.safetensors would have 34\d+ bytes"):
+        write(tmp_path, {}, arrays, None)

@@ -156,7 +156,7 @@ def test_run_leaves_all_files_and_is_quiet(finished):
     events = {path for path in left if "tfevents" in path}
     folders = {"runs/first", "runs/first/train", "runs/first/validation"}  # the first has the hyperparameters
     assert {path.rpartition("/")[0] for path in events} == folders
-    files = {"config.json", "history.json", "timings.json", "model.weights.h5", "curves.png"}
+    files = {"config.json", "history.json", "timings.json", "fits.jsonl", "model.weights.h5", "curves.png"}
     pictures = {f"pictures/{name}-00{epoch}.png" for name in ("reconstructions", "prior") for epoch in (1, 2)}
     embeddings = {path for path in left if "/train/embeddings/" in path or path.endswith("projector_config.pbtxt")}
     assert len(embeddings) == 4  # vectors, labels, pictures, and the list of them

@@ -778,6 +778,7 @@ def test_without_the_extra_it_trains_and_says_what_to_install(tmp_path):
         "config.json",
         "history.json",
         "timings.json",
+        "fits.jsonl",
         "model.weights.h5",
         "train",
         "validation",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,8 @@ from typing import Any
 import keras
 
 from looplab.checkpoint.tree import is_plain, same
-from looplab.compat import CALLBACK_OWN, set_monitor_op
+from looplab.compat import CALLBACK_OWN
 from looplab.warn import warn
-
-_HAS_MONITOR_OP = "$monitor_op"  # the function itself cannot be saved
 
 Callbacks = Iterable[keras.callbacks.Callback]
 Attributes = dict[str, dict[str, Any]]
@@ -29,12 +28,9 @@ def by_key(callbacks: Callbacks) -> dict[str, keras.callbacks.Callback]:
     found: dict[str, keras.callbacks.Callback] = {}
     for callback in callbacks:
         if not getattr(callback, "stateless", False):
-            name = key = type(callback).__name__
-            count = 1
-            while key in found:
-                count += 1
-                key = f"{name}_{count}"
-            found[key] = callback
+            name = type(callback).__name__
+            names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
+            found[next(key for key in names if key not in found)] = callback
     return found
 
 
@@ -46,20 +42,20 @@ def attributes(callbacks: Callbacks) -> Attributes:
     """
     found: Attributes = {}
     for key, callback in by_key(callbacks).items():
-        values = {n: dict(v) if isinstance(v, dict) else v for n, v in vars(callback).items() if n not in CALLBACK_OWN}
+        # Keras chooses `monitor_op` in the first epoch of each process, and changes the sign of `min_delta` with it.
+        own = (*CALLBACK_OWN, "min_delta") if hasattr(callback, "monitor_op") else CALLBACK_OWN
+        values = {n: dict(v) if isinstance(v, dict) else v for n, v in vars(callback).items() if n not in own}
         found[key] = {name: copy.deepcopy(value) for name, value in values.items() if is_plain(value)}
-        if callable(getattr(callback, "monitor_op", None)):
-            found[key][_HAS_MONITOR_OP] = True
     return found
 
 
 def changed(now: Attributes, *before: Attributes) -> Attributes:
     """The attributes that differ from any of the earlier ones: those that a program sets itself are not saved."""
 
-    def is_new(key: str, name: str, value: Any) -> bool:
-        return any(name not in then.get(key, {}) or not same(value, then[key][name]) for then in before)
+    def is_as_before(key: str, name: str, value: Any) -> bool:
+        return all(name in then.get(key, {}) and same(value, then[key][name]) for then in before)
 
-    return {key: {n: v for n, v in values.items() if is_new(key, n, v)} for key, values in now.items()}
+    return {key: {n: v for n, v in values.items() if not is_as_before(key, n, v)} for key, values in now.items()}
 
 
 def restore(callbacks: Callbacks, saved: Attributes, checkpoint: Path) -> None:
@@ -69,29 +65,23 @@ def restore(callbacks: Callbacks, saved: Attributes, checkpoint: Path) -> None:
         warn(f"Checkpoint {checkpoint} has the state of {', '.join(gone)}, which was not passed: it is ignored.")
     if new := sorted(known.keys() - saved.keys()):
         warn(f"Checkpoint {checkpoint} has no state of {', '.join(new)}: it starts afresh.")
-    for key in [key for key in known if key in saved]:
-        callback, values = known[key], dict(saved[key])
-        if values.pop(_HAS_MONITOR_OP, False) and getattr(callback, "monitor_op", ...) is None:
-            set_monitor_op(callback)  # first, because it changes `min_delta`
-        for name, value in values.items():
-            if name not in CALLBACK_OWN and not callable(getattr(type(callback), name, None)):
-                _set(key, callback, name, value, checkpoint)
-
-
-def _set(key: str, callback: keras.callbacks.Callback, name: str, value: Any, checkpoint: Path) -> None:
-    now = vars(callback).get(name)
-    if isinstance(value, str) and name in _arguments(callback):  # a checkpoint must not decide which file is written
-        if repr(value) != repr(now):
-            warn(
-                f"Checkpoint {checkpoint} has {value[:200]!r} as `{name}` of {key}, which stays {now!r}: text that is "
-                f"also an argument of a callback's `__init__`, such as the name of a file, is not restored. Keep text "
-                f"that changes in an attribute with another name."
-            )
-    elif isinstance(value, dict) and isinstance(now, dict) and type(now) is not dict:
-        now.clear()  # filled again, a Counter or defaultdict keeps its class
-        now.update(value)
-    else:
-        setattr(callback, name, value)
+    for key, callback in known.items():
+        for name, value in saved.get(key, {}).items():
+            now = vars(callback).get(name)
+            if name in CALLBACK_OWN or callable(getattr(type(callback), name, None)):
+                continue
+            if isinstance(value, str) and name in _arguments(callback):  # it may be the name of a file to write to
+                if repr(value) != repr(now):
+                    warn(
+                        f"Checkpoint {checkpoint} has {value[:200]!r} as `{name}` of {key}, which stays {now!r}: text "
+                        f"that is also an argument of a callback's `__init__`, such as the name of a file, is not "
+                        f"restored. Keep text that changes in an attribute with another name."
+                    )
+            elif isinstance(value, dict) and isinstance(now, dict) and type(now) is not dict:
+                now.clear()  # filled again, a Counter or defaultdict keeps its class
+                now.update(value)
+            else:
+                setattr(callback, name, value)
 
 
 def settings(callbacks: Callbacks) -> dict[str, dict[str, str]]:
@@ -125,15 +115,15 @@ def settings_of(value: Any) -> dict[str, str]:
 
 
 def in_words(value: Any) -> str:
-    """A setting as text."""
+    """A setting as text, without names, which Keras numbers in a process."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, dict):  # without names, which Keras numbers in a process
-        return ", ".join(f"{key}: {in_words(inner)}" for key, inner in value.items() if key != "name")
     if isinstance(value, (list, tuple)):
         return ", ".join(map(in_words, value))
     if hasattr(value, "get_config"):
-        return in_words(settings_of(value))
+        value = settings_of(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {in_words(inner)}" for key, inner in value.items() if key != "name")
     return str(value) if is_plain(value) else getattr(value, "__name__", type(value).__name__)
 
 
@@ -152,13 +142,6 @@ def rewind(callbacks: Callbacks, saved: dict[str, int]) -> None:
         if name in saved and os.fstat(file.fileno()).st_size > saved[name]:
             file.truncate(saved[name])
             file.seek(0, os.SEEK_END)
-
-
-def keep_files(callbacks: Callbacks) -> None:
-    """Makes each `CSVLogger` append to its file, which it would otherwise overwrite."""
-    for callback in callbacks:
-        if isinstance(callback, keras.callbacks.CSVLogger):
-            callback.append = True
 
 
 def _open_files(callbacks: Callbacks) -> Iterator[tuple[str, Any]]:

@@ -1,28 +1,31 @@
 """The files of a checkpoint: arrays as safetensors, everything else as JSON, and a manifest with their checksums.
 
-Checkpoints are read without trust: nothing in them is code, no link is followed, and sizes are limited.
+Checkpoints are read without trust: nothing in them is code, no link is followed, and large JSON is not parsed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from looplab.checkpoint.tree import join
 from looplab.state import Count
 
 FORMAT = 1
 ARRAYS, STATE, MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
-MAX_STATE, _MAX_MANIFEST, _MAX_HEADER = 2**25, 2**16, 2**24  # bytes; parsed, they take up to 50 times as much memory
+_MAX_JSON = 2**25  # bytes; parsed, it takes up to 50 times as much memory
 
 
 class CheckpointError(ValueError):
@@ -47,6 +50,7 @@ class _Version:
 @dataclasses.dataclass
 class _Manifest(_Version):
     files: dict[str, _Content]
+    monitored: float | None
 
 
 def damaged(folder: Path, reason: str) -> CheckpointError:
@@ -54,61 +58,57 @@ def damaged(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder} is damaged: {reason}.")
 
 
-def write(folder: Path, state: bytes, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the two parts of a state (see `tree.flatten`), the first as JSON, to a folder, and flushes it to disk.
+def write(folder: Path, tree: Any, arrays: dict[str, np.ndarray], monitored: float | None) -> None:
+    """Writes the two parts of a state (see `tree.flatten`) to a folder, and flushes it to disk.
 
     Raises:
         OSError: The disk is full, or not writable.
-        ValueError: There are too many arrays for them to be read again.
+        ValueError: The state is too large to be read again.
     """
+    (folder / STATE).write_text(json.dumps(tree))
     try:
         save_file(arrays, folder / ARRAYS)
     except SafetensorError as error:  # also those of the disk
         raise OSError(f"{ARRAYS}: {error}") from error
-    sync(folder / ARRAYS)
-    if (size := _header_size(folder)) > _MAX_HEADER:
-        raise ValueError(
-            f"The checkpoint cannot be written: the header of {ARRAYS} has {size} bytes, and at most {_MAX_HEADER} can "
-            f"be read. Keep fewer arrays and NumPy scalars in callbacks, or join them to one array."
-        )
-    (folder / STATE).write_bytes(state)
-    sync(folder / STATE)
-    files = {name: dataclasses.asdict(_content(folder / name)) for name in (ARRAYS, STATE)}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-    sync(folder / MANIFEST)
-    sync(folder)
+    for name, size in {STATE: (folder / STATE).stat().st_size, f"the header of {ARRAYS}": _header_size(folder)}.items():
+        if size > _MAX_JSON:
+            raise ValueError(
+                f"The checkpoint cannot be written: {name} would have {size} bytes, and at most {_MAX_JSON} can be "
+                f"read. Keep fewer numbers and less text in callbacks, or join numbers to one NumPy array."
+            )
+    files = {name: _content(folder / name) for name in (ARRAYS, STATE)}
+    manifest = dataclasses.asdict(_Manifest(FORMAT, files, monitored))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (folder / ARRAYS, folder / STATE, folder / MANIFEST, folder):
+        sync(path)
 
 
-def read_state(folder: Path, verify_arrays: bool) -> Any:
-    """The JSON part of a state.
+def read(folder: Path) -> Any:
+    """The state that was written.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or has a newer format.
     """
-    files = _manifest(folder).files
-    for name in (ARRAYS, STATE) if verify_arrays else (STATE,):
+    for name, content in _manifest(folder).files.items():
         path = _regular_file(folder, name)
-        if path.stat().st_size != files[name].bytes or _content(path) != files[name]:
+        if path.stat().st_size != content.bytes or _content(path) != content:
             raise damaged(folder, f"{name} does not match its checksum")
+    if _header_size(folder) > _MAX_JSON:
+        raise damaged(folder, f"the header of {ARRAYS} has more than {_MAX_JSON} bytes")
     try:
-        return json.loads(_read(folder, STATE, MAX_STATE))
-    except (ValueError, RecursionError) as error:
-        raise damaged(folder, f"{STATE} is not valid JSON ({error})") from error
+        with safe_open(folder / ARRAYS, "numpy") as file:
+            return _json(folder, STATE, functools.partial(join, functools.cache(file.get_tensor)))
+    except (SafetensorError, AttributeError, TypeError) as error:
+        raise damaged(folder, f"{STATE} and {ARRAYS} do not belong together ({error})") from error
 
 
-def read_arrays(folder: Path, most: int) -> dict[str, np.ndarray]:
-    """The arrays of a state, which may have `most` bytes in all.
+def monitored_in(folder: Path) -> float | None:
+    """The monitored value of a checkpoint, without reading the rest of it.
 
     Raises:
-        CheckpointError: They have more, or are malformed.
+        CheckpointError: The checkpoint is damaged, or has a newer format.
     """
-    path = _regular_file(folder, ARRAYS)
-    if path.stat().st_size > most + _MAX_HEADER or _header_size(folder) > _MAX_HEADER:
-        raise damaged(folder, f"{ARRAYS} or its header is larger than this trainer can have written")
-    try:
-        return load_file(path)
-    except (SafetensorError, AttributeError, TypeError, ValueError) as error:  # the others: no array of NumPy
-        raise damaged(folder, f"{ARRAYS} is malformed ({error})") from error
+    return _manifest(folder).monitored
 
 
 def delete(path: Path) -> None:
@@ -129,26 +129,29 @@ def sync(path: Path) -> None:
 
 
 def _manifest(folder: Path) -> _Manifest:
-    content = _read(folder, MANIFEST, _MAX_MANIFEST)
+    tree = _json(folder, MANIFEST)
     try:
-        version = msgspec.json.decode(content, type=_Version).format
+        version = msgspec.convert(tree, _Version).format
         if version > FORMAT:
             raise NewerFormatError(
                 f"checkpoint {folder} has format {version}, and this looplab reads up to {FORMAT}: install a newer one."
             )
-        manifest = msgspec.json.decode(content, type=_Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+        manifest = msgspec.convert(tree, _Manifest)
+    except msgspec.ValidationError as error:
         raise damaged(folder, f"{MANIFEST} is malformed ({error})") from error
     if version != FORMAT or manifest.files.keys() != {ARRAYS, STATE}:
         raise damaged(folder, f"{MANIFEST} has format {version} and the files {sorted(manifest.files)}")
     return manifest
 
 
-def _read(folder: Path, name: str, most: int) -> bytes:
+def _json(folder: Path, name: str, join_part: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     path = _regular_file(folder, name)
-    if path.stat().st_size > most:
-        raise damaged(folder, f"{name} has more than {most} bytes")
-    return path.read_bytes()
+    if path.stat().st_size > _MAX_JSON:
+        raise damaged(folder, f"{name} has more than {_MAX_JSON} bytes")
+    try:
+        return json.loads(path.read_bytes(), object_hook=join_part)
+    except (ValueError, RecursionError) as error:
+        raise damaged(folder, f"{name} is malformed ({error})") from error
 
 
 def _regular_file(folder: Path, name: str) -> Path:

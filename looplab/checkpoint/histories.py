@@ -1,71 +1,48 @@
-"""The histories of the calls of `fit` of one run, in `log_dir/fits.jsonl`."""
+"""The histories of the complete calls of `fit` of one run: a line for each call in `log_dir/fits.jsonl`.
+
+A checkpoint does not hold them, so that it does not grow with the number of calls.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from looplab.state import Count
+from looplab.checkpoint.files import sync
 
 FILE = "fits.jsonl"
-_MAX_BYTES = 2**26  # that are read
 
 
-@dataclasses.dataclass
-class _Call:
-    fit: Count
-    history: dict[str, list[Any]]
+def write(log_dir: Path, number: int, history: dict[str, list[float]]) -> None:
+    """Writes the history of the call with this number (from 0), in place of those of this and later calls.
 
-
-class Histories:
-    """Appends the history of each complete call of `fit` to a file, one line each.
-
-    A checkpoint has only the length of the file, so that it does not grow with the number of calls. Lines beyond that
-    length belong to calls that a resumed run repeats.
+    Raises:
+        OSError: The disk is full, or not writable.
     """
+    earlier = _lines(log_dir)[:number]
+    missing = [b"{}"] * (number - len(earlier))
+    lines = [*earlier, *missing, json.dumps(history, default=float).encode()]
+    unfinished = log_dir / f".unfinished-{FILE}"
+    try:
+        unfinished.unlink(missing_ok=True)  # it may be a link
+        unfinished.write_bytes(b"\n".join(lines) + b"\n")
+        sync(unfinished)
+        os.replace(unfinished, log_dir / FILE)
+    except OSError as error:
+        raise OSError(f"The history could not be written to {log_dir / FILE}: {error}.") from error
 
-    def __init__(self, log_dir: Path | None):
-        self._path = None if log_dir is None else log_dir / FILE
-        self._newest = ""  # the line of the newest complete call, which may still be extended
-        self.length = 0
-        """In bytes, without the newest line."""
 
-    def complete(self, number: int, history: dict[str, list[float]]) -> None:
-        """Adds the call with this number (from 0)."""
-        self._newest = json.dumps({"fit": number, "history": history}, default=float) + "\n"
-
-    def write(self) -> None:
-        """Writes the newest line: another call starts."""
-        if self._newest and self._path is not None:
-            if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
-                raise OSError(f"{self._path} is not a regular file. Remove it, or pass another `log_dir`.")
-            with open(self._path, "ab") as file:
-                file.truncate(min(self.length, file.tell()))
-                file.write(self._newest.encode())
-                self.length = file.tell()
-            self._newest = ""
-
-    def rewind(self, length: int) -> None:
-        """Continues from a checkpoint."""
-        self.length, self._newest = length, ""
-
-    def read(self, number: int) -> dict[str, list[Any]]:
-        """The history of a complete call; {} if the file does not have it."""
-        for path in self.files():
-            with open(path, "rb") as file:
-                lines = file.read(_MAX_BYTES).splitlines()
-            try:
-                line = next((line for line in lines if line.startswith(b'{"fit": %d,' % number)), b"")
-                return msgspec.convert(json.loads(line), _Call).history
-            except (RecursionError, ValueError):  # missing or damaged
-                return {}
+def read(log_dir: Path, number: int) -> dict[str, list[float]]:
+    """The history of a complete call; {} if it is missing or damaged."""
+    try:
+        return msgspec.convert(json.loads(_lines(log_dir)[number]), dict[str, list[float]])
+    except (IndexError, RecursionError, ValueError):
         return {}
 
-    def files(self) -> list[Path]:
-        """The file, if there is one."""
-        path = self._path
-        return [path] if path is not None and path.is_file() and not path.is_symlink() else []
+
+def _lines(log_dir: Path) -> list[bytes]:
+    path = log_dir / FILE
+    return path.read_bytes().splitlines() if path.is_file() else []

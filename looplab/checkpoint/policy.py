@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from typing import Literal
 
 from looplab import checks
@@ -63,29 +62,3 @@ class Checkpoint:
                 f'"2 epochs" or "600 seconds"; got {self.every!r}.'
             )
         return int(match[1] or 1), match[2]
-
-
-class Schedule:
-    """When the next checkpoint is due."""
-
-    def __init__(self, settings: Checkpoint):
-        self._number, self._unit = settings.interval
-        self._saved_at = time.monotonic()
-
-    def steps_left(self, steps: int) -> int | None:
-        """The number of steps until the next one is due; None if that does not depend on steps."""
-        return self._number - steps % self._number if self._unit == "step" else None
-
-    def is_due_after_step(self, steps: int) -> bool:
-        """Whether one is due after this many steps."""
-        if self._unit == "second":
-            return time.monotonic() - self._saved_at >= self._number
-        return self._unit == "step" and steps % self._number == 0
-
-    def is_due_after_epoch(self, epochs: int) -> bool:
-        """Whether one is due after this many epochs."""
-        return self._unit == "epoch" and epochs % self._number == 0
-
-    def saved(self) -> None:
-        """Restarts the clock."""
-        self._saved_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: each is written whole or not at all, retained, and found again."""
+"""The checkpoints of a run on disk: when one is due, each written whole or not at all, and found again."""
 
 from __future__ import annotations
 
@@ -6,58 +6,22 @@ import concurrent.futures
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from looplab.checkpoint.files import CheckpointError, NewerFormatError, delete, sync, write
-from looplab.checkpoint.policy import Checkpoint, Schedule
-from looplab.checkpoint.snapshot import Saved, Snapshot, encoded
+from looplab.checkpoint.files import CheckpointError, NewerFormatError, delete, monitored_in, sync, write
+from looplab.checkpoint.policy import Checkpoint
+from looplab.checkpoint.snapshot import Saved, Snapshot, read
+from looplab.checkpoint.tree import flatten
+from looplab.warn import warn
 
 _NAME = re.compile(r"step-(\d{1,18})-epoch-(\d{1,18})")
 _UNFINISHED = ".unfinished-"
 
 
-class NullStore:
-    """Keeps nothing."""
-
-    saves = False
-    """Whether anything is saved."""
-    monitor: str | None = None
-    """The name in the logs of the value that decides which epoch is best."""
-    mode = "auto"
-    """Whether the lowest or the highest is best."""
-
-    def prefer(self, lower: bool) -> None:
-        """Sets whether a lower monitored value is better; from then on, the best checkpoint is kept."""
-
-    def steps_left(self, steps: int) -> int | None:
-        """The number of steps until the next checkpoint is due; None if that does not depend on steps."""
-        return None
-
-    def is_due_after_step(self, steps: int) -> bool:
-        """Whether a checkpoint is due after this many steps."""
-        return False
-
-    def is_due_after_epoch(self, epochs: int, monitored: float | None) -> bool:
-        """Whether a checkpoint is due after this many epochs, the last of which has this monitored value."""
-        return False
-
-    def commit(self, capture: Callable[[], Snapshot], most: int, durable: Iterable[Path] = ()) -> None:
-        """Saves what `capture` returns, if its arrays have `most` bytes at most; flushes the `durable` files first."""
-
-    def wait(self) -> None:
-        """Waits until what was committed is on disk."""
-
-    def close(self) -> None:
-        """Releases the thread that writes."""
-
-    def drop_newer(self, path: Path) -> None:
-        """Removes the checkpoints newer than `path`, from which a run resumes: they are damaged."""
-
-
-class Store(NullStore):
+class Store:
     """The checkpoints of one run.
 
     Each is a folder `step-<steps>-epoch-<epochs>`. It is written under another name, flushed to disk, and renamed: a
@@ -65,56 +29,63 @@ class Store(NullStore):
 
     Args:
         folder: Where the checkpoints are.
-        settings: When to save, and what to keep.
+        settings: When to save, and what to keep; None saves nothing.
     """
 
-    saves = True
-
-    def __init__(self, folder: Path, settings: Checkpoint):
+    def __init__(self, folder: Path, settings: Checkpoint | None):
         self.folder = folder
+        self.saves = settings is not None
+        """Whether anything is saved."""
+        self.lower_is_better: bool | None = None
+        """Whether a lower monitored value is better; once it is set, the best checkpoint is kept."""
+        settings = settings or Checkpoint()
         self.monitor, self.mode = settings.monitor, settings.mode
         self._keep = settings.keep
-        self._schedule = Schedule(settings)
-        self._lower_is_better: bool | None = None
+        self._number, self._unit = settings.interval if self.saves else (1, "never")
+        self._saved_at = time.monotonic()
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "looplab-checkpoint")
         self._pending: concurrent.futures.Future | None = None
 
     # When to save.
 
-    def prefer(self, lower: bool) -> None:  # noqa: D102
-        self._lower_is_better = lower
+    def steps_left(self, steps: int) -> int | None:
+        """The number of steps until the next checkpoint is due; None if that does not depend on steps."""
+        return self._number - steps % self._number if self._unit == "step" else None
 
-    def steps_left(self, steps: int) -> int | None:  # noqa: D102
-        return self._schedule.steps_left(steps)
+    def is_due_after_step(self, steps: int) -> bool:
+        """Whether a checkpoint is due after this many steps."""
+        if self._unit == "second":
+            return time.monotonic() - self._saved_at >= self._number
+        return self._unit == "step" and steps % self._number == 0
 
-    def is_due_after_step(self, steps: int) -> bool:  # noqa: D102
-        return self._schedule.is_due_after_step(steps)
-
-    def is_due_after_epoch(self, epochs: int, monitored: float | None) -> bool:  # noqa: D102
-        return self._schedule.is_due_after_epoch(epochs) or self._is_best(monitored)
+    def is_due_after_epoch(self, epochs: int, monitored: float | None) -> bool:
+        """Whether a checkpoint is due after this many epochs, the last of which has this monitored value."""
+        if self._unit == "epoch" and epochs % self._number == 0:
+            return True
+        if not self.saves or monitored is None:
+            return False
+        self.wait()
+        return all(self._worth(monitored) > worth for worth, _ in self._best_first()[:1])
 
     # Writing.
 
-    def commit(self, capture: Callable[[], Snapshot], most: int, durable: Iterable[Path] = ()) -> None:
-        """Writes a snapshot in another thread, after the previous one.
+    def commit(self, snapshot: Snapshot, monitored: float | None, durable: Iterable[Path] = ()) -> None:
+        """Writes a snapshot in another thread.
 
         Args:
-            capture: Returns the snapshot.
-            most: How many bytes its arrays may have; larger ones could not be read again.
+            snapshot: What to save.
+            monitored: The value that decides which checkpoint is best.
             durable: Files whose lengths the snapshot has; they are flushed to disk before it.
 
         Raises:
             OSError: The previous checkpoint could not be written.
-            TypeError: The snapshot has something that a checkpoint cannot hold.
-            ValueError: This checkpoint or the previous one is too large.
+            ValueError: The previous checkpoint is too large.
         """
         self.wait()
-        snapshot = capture()
         path = self.folder / f"step-{snapshot.state.steps}-epoch-{snapshot.state.epochs}"
         if not path.exists():  # else nothing has changed since, as at the start of a second `fit`
-            state, arrays = encoded(path, snapshot, most)
-            self._pending = self._writer.submit(self._write, path, state, arrays, list(durable))
-        self._schedule.saved()
+            self._pending = self._writer.submit(self._write, path, [*durable], *flatten(snapshot), monitored)
+        self._saved_at = time.monotonic()
 
     def wait(self) -> None:
         """Waits until what was committed is on disk.
@@ -127,11 +98,13 @@ class Store(NullStore):
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
+        """Releases the thread that writes."""
         self._writer.shutdown()
 
-    def drop_newer(self, path: Path) -> None:  # noqa: D102
-        paths = self.paths()
+    def drop_newer(self, path: Path) -> None:
+        """Removes the checkpoints newer than `path`, from which a run resumes: they are damaged."""
+        paths = self.paths() if self.saves else [path]
         for newer in paths[: paths.index(path)]:
             self._remove(newer)
 
@@ -140,15 +113,14 @@ class Store(NullStore):
         for path in self.folder.glob(f"{_UNFINISHED}*"):
             delete(path)
 
-    def _write(self, path: Path, state: bytes, arrays: dict[str, np.ndarray], durable: list[Path]) -> None:
+    def _write(self, path: Path, durable: list[Path], *parts: Any) -> None:
         unfinished = self.folder / f"{_UNFINISHED}{path.name}"
         try:
             delete(unfinished)
             unfinished.mkdir(parents=True)
-            sync(self.folder.parent)
-            for file in durable:
+            for file in [self.folder.parent, *durable]:
                 sync(file)
-            write(unfinished, state, arrays)
+            write(unfinished, *parts)
             os.rename(unfinished, path)
             sync(self.folder)
             self._retain()
@@ -160,10 +132,9 @@ class Store(NullStore):
 
     def _retain(self) -> None:
         """Removes all checkpoints but the newest ones and the best."""
-        ranked = [] if self._lower_is_better is None else self._ranked()[0]
-        best = [path for _, path in ranked[:1]]
+        best = [] if self.lower_is_better is None else self._best_first()[:1]
         for path in reversed(self.paths()[self._keep :]):
-            if path not in best:
+            if path not in [path for _, path in best]:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -177,64 +148,55 @@ class Store(NullStore):
 
     def paths(self) -> list[Path]:
         """All checkpoints, the newest first."""
-        found = [(match, path) for path in self.folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2])), reverse=True)]
+        matches = {path: _NAME.fullmatch(path.name) for path in self.folder.glob("step-*")}
+        counts = {path: tuple(map(int, match.groups())) for path, match in matches.items() if match}
+        return sorted(counts, key=counts.__getitem__, reverse=True)
 
-    def newest(self) -> tuple[Saved | None, list[str]]:
-        """The newest whole checkpoint, or None if there are none; and why each newer one is skipped.
+    def newest(self) -> Saved | None:
+        """The newest whole checkpoint, or None if there are none; warns about each that is skipped.
 
         Raises:
             CheckpointError: There are checkpoints, but none is whole; or the newest has a newer format.
         """
-        saved, skipped = _first_whole(self.paths())
-        if skipped and saved is None:
+        return self._first_whole(self.paths())
+
+    def best(self) -> Saved | None:
+        """The best whole checkpoint, or None if none has a monitored value; warns and raises as `newest` does."""
+        return self._first_whole(path for _, path in self._best_first(unreadable=math.inf))
+
+    def _first_whole(self, paths: Iterable[Path]) -> Saved | None:
+        skipped: list[str] = []
+        for path in paths:
+            try:
+                saved = read(path)
+            except NewerFormatError:
+                raise
+            except CheckpointError as error:
+                skipped.append(str(error))
+            else:
+                for reason in skipped:
+                    warn(f"Skipped: {reason}")
+                return saved
+        if skipped:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole: {' '.join(skipped)} To train from the start, pass another "
                 f"`log_dir`, or remove this one."
             )
-        return saved, skipped
+        return None
 
-    def best(self) -> tuple[Saved | None, list[str]]:
-        """The best whole checkpoint, or None; and why each better one is skipped."""
-        ranked, skipped = self._ranked()
-        saved, also_skipped = _first_whole(path for _, path in ranked)
-        return saved, skipped + also_skipped
-
-    def _is_best(self, monitored: float | None) -> bool:
-        """Whether this value is better than that of each checkpoint."""
-        if monitored is None or math.isnan(monitored):
-            return False
-        self.wait()
-        ranked, _ = self._ranked()
-        return not ranked or self._worth(monitored) > ranked[0][0]
-
-    def _ranked(self) -> tuple[list[tuple[float, Path]], list[str]]:
-        """(worth, path) of each checkpoint with a monitored value, the best first; and why others are skipped."""
+    def _best_first(self, unreadable: float = -math.inf) -> list[tuple[float, Path]]:
+        """(worth, path) of each checkpoint with a monitored or an unreadable value: the best first, then the newest."""
         ranked: list[tuple[float, Path]] = []
-        skipped: list[str] = []
         for path in self.paths():
             try:
-                monitored = Saved(path, verify_arrays=False).snapshot.monitored
-            except CheckpointError as error:
-                skipped.append(str(error))
+                monitored = monitored_in(path)
+            except CheckpointError:
+                ranked.append((unreadable, path))
             else:
-                if monitored is not None and not math.isnan(monitored):
+                if monitored is not None:
                     ranked.append((self._worth(monitored), path))
-        return sorted(ranked, key=lambda pair: pair[0], reverse=True), skipped  # the newest of equals first
+        return sorted(ranked, key=lambda pair: pair[0], reverse=True)
 
     def _worth(self, monitored: float) -> float:
         """The higher, the better."""
-        return -monitored if self._lower_is_better else monitored
-
-
-def _first_whole(paths: Iterable[Path]) -> tuple[Saved | None, list[str]]:
-    """The first whole checkpoint, or None; and why those before it are skipped."""
-    skipped: list[str] = []
-    for path in paths:
-        try:
-            return Saved(path), skipped
-        except NewerFormatError:
-            raise
-        except CheckpointError as error:
-            skipped.append(str(error))
-    return None, skipped
+        return -monitored if self.lower_is_better else monitored

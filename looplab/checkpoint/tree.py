@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,31 +31,21 @@ def is_plain(value: Any) -> bool:
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """Splits a state into what JSON can hold, and its arrays by path.
-
-    Raises:
-        TypeError: The state has a value that is not plain.
-    """
+    """Splits a state into what JSON can hold, and its arrays by path."""
     arrays: dict[str, np.ndarray] = {}
     return _flatten("", state, arrays), arrays
 
 
-def unflatten(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """Joins what `flatten` split."""
-    if isinstance(tree, list):
-        return [unflatten(part, arrays) for part in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if "$array" in tree:
-        array = arrays[tree["$array"]]
-        if tree.get("dtype") in _FLOAT8:
-            array = array.view(tf.as_dtype(tree["dtype"]).as_numpy_dtype)
-        return array[()] if tree.get("scalar") else array
-    if "$tuple" in tree:
-        return tuple(unflatten(part, arrays) for part in tree["$tuple"])
-    if "$items" in tree:
-        return {key: unflatten(part, arrays) for key, part in tree["$items"]}
-    return {key: unflatten(part, arrays) for key, part in tree.items()}
+def join(array_at: Callable[[str], np.ndarray], part: dict[str, Any]) -> Any:
+    """What an object in the JSON that `flatten` made stands for; `array_at` returns the array with a path."""
+    if "$array" in part:
+        array = array_at(part["$array"])
+        if part.get("dtype") in _FLOAT8:
+            array = array.view(tf.as_dtype(part["dtype"]).as_numpy_dtype)
+        return array[()] if part.get("scalar") else array
+    if "$tuple" in part:
+        return tuple(part["$tuple"])
+    return dict(part["$items"]) if "$items" in part else part
 
 
 def same(one: Any, other: Any) -> bool:
@@ -76,8 +67,6 @@ def _flatten(path: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
     if type(value) in (list, tuple):
         items = [_flatten(f"{path}/{index}", part, arrays) for index, part in enumerate(value)]
         return items if type(value) is list else {"$tuple": items}
-    if not is_plain(value):
-        raise TypeError(f"A checkpoint cannot hold {path.strip('/')}, of type {type(value).__name__}.")
     if isinstance(value, (np.ndarray, np.generic)):
         return _reference(path, value, arrays)
     return value

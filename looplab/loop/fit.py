@@ -13,14 +13,14 @@ import keras
 from looplab import checks
 from looplab.callbacks import EpochLine, ProgressBar
 from looplab.checkpoint import callbacks as memory
-from looplab.checkpoint.resume import Resumed
+from looplab.checkpoint import histories
 from looplab.checkpoint.snapshot import Asked
-from looplab.checkpoint.store import NullStore
 from looplab.data.batches import Batches
 from looplab.loop.engine import Engine
 from looplab.loop.graphs import changed_tables
 from looplab.loop.interrupts import Interrupts
 from looplab.loop.metrics import lower_is_better
+from looplab.loop.resume import Resume
 from looplab.loop.saving import Saving
 from looplab.loop.step import LEARNING_RATE
 from looplab.state import Progress
@@ -39,19 +39,19 @@ class Fit:
     first_epoch: int
     epochs: int
     verbose: int | str
-    store: NullStore
-    resumed: Resumed
-    """Where to resume."""
+    resume: Resume
+    """Where to save, and what to restore."""
 
     def run(self) -> keras.callbacks.History:
         """Trains, and returns the history."""
-        engine, state, folder = self.engine, self.engine.state, self.engine.folder
+        engine, state = self.engine, self.engine.state
         asked = Asked(
             self.epochs, self.train.described, engine.runner.objective.made_with, memory.settings(self.callbacks)
         )
-        self.resumed.check(state.seed if engine.is_seeded else None, asked)
-        if self.train.unseeded and (self.store.saves or self.resumed.is_requested):
-            checks.unseeded(self.train.unseeded, self.resumed.is_requested)
+        self.resume.check(asked)
+        store, is_requested = self.resume.store, self.resume.is_requested
+        if self.train.unseeded and (store.saves or is_requested):
+            checks.unseeded(self.train.unseeded, is_requested)
         shown = [EpochLine() if self.verbose == 2 else ProgressBar()] if self.verbose else []
         callbacks = keras.callbacks.CallbackList(
             [*self.callbacks, *shown],
@@ -61,32 +61,32 @@ class Fit:
             steps=self.train.steps,
             verbose=self.verbose,
         )
-        saving = Saving(engine, self.train, self.validation, callbacks, asked, self.store, self.resumed)
-        folder.histories.write()
-        self._train(callbacks, saving, Interrupts(engine.tracer.stop, saves=self.store.saves))
+        saving = Saving(engine, self.train, self.validation, callbacks, asked, self.resume)
+        self._train(callbacks, saving, Interrupts(engine.tracer.stop, saves=store.saves))
         history = engine.runner.trainer.history  # which the list of callbacks has set
-        folder.histories.complete(state.fits, history.history)
+        if store.saves and engine.folder.path is not None:
+            histories.write(engine.folder.path, state.fits, history.history)
         state.fits += 1
         return history
 
     def _train(self, callbacks: keras.callbacks.CallbackList, saving: Saving, interrupts: Interrupts) -> None:
         engine, state, trainer = self.engine, self.engine.state, self.engine.runner.trainer
-        events = engine.folder.events
+        events, store = engine.folder.events, self.resume.store
 
         def before_call(done: int) -> int | None:
             """Saves if that is due, and returns after how many steps it is due again."""
-            if done and self.store.is_due_after_step(state.steps):
+            if done and store.is_due_after_step(state.steps):
                 saving.save()
             interrupts.check()
-            return self.store.steps_left(state.steps)
+            return store.steps_left(state.steps)
 
         with interrupts, saving.on_exit(interrupts):
             self._prepare()
-            saving.load()
+            self.resume.load(self.train, self.validation)
             interrupts.check()  # nothing has changed yet
             state.epochs, state.epoch = max(state.epochs, self.first_epoch), self.first_epoch
             state.in_epoch, trainer.stop_training, state.progress = False, False, Progress()
-            engine.folder.take(resumes=self.resumed.newest is not None)
+            engine.folder.take(resumes=self.resume.newest is not None)
             saving.start()  # restores after `on_train_begin`, in which callbacks reset themselves
             iterator: Any = None
             while state.epoch < self.epochs and (state.in_epoch or not trainer.stop_training):
@@ -113,7 +113,7 @@ class Fit:
                 state.epoch, state.in_epoch = state.epoch + 1, False
                 state.progress = Progress(faults=state.progress.faults)
                 saving.starts = saving.starts if self.train.continues else self.train.starts
-                if self.store.is_due_after_epoch(state.epochs, saving.monitored()):
+                if store.is_due_after_epoch(state.epochs, saving.monitored()):
                     saving.save()
                 interrupts.check()
             saving.save()
@@ -143,20 +143,20 @@ class Fit:
             if self.validation is not None:
                 test = engine.tracer.compiled("test", self.validation.element_spec, eagerly)
                 names += [f"val_{name}" for name in test.names]
-        if self.store.saves and step.graph is not None:
+        if self.resume.store.saves and step.graph is not None:
             checks.saved(changed_tables(step.graph))
         model = None if overrides(trainer, "__call__") else trainer.model
         for batches in (self.train, self.validation):
             if batches is not None and batches.arrays is not None:
                 runner.objective.check_arrays(batches.name, batches.arrays, model)
         runner.warnings.give()
-        monitor = self.store.monitor
+        store, monitor = self.resume.store, self.resume.store.monitor
         if monitor is not None:
             if not eagerly and monitor not in names:
                 near = difflib.get_close_matches(monitor, names, 1) or [n for n in names if n != LEARNING_RATE]
                 known = ", ".join(map(repr, near))
                 raise ValueError(f"`monitor` must be in the logs of an epoch, such as {known}; got {monitor!r}.")
-            self.store.prefer(lower_is_better(monitor, self.store.mode, trainer.metrics))
+            store.lower_is_better = lower_is_better(monitor, store.mode, trainer.metrics)
 
     @contextlib.contextmanager
     def _traceable(self) -> Iterator[bool]:
@@ -164,7 +164,7 @@ class Fit:
 
         To resume, variables must exist before a step has run: so the step is traced even if it runs eagerly.
         """
-        trainer, is_resumed = self.engine.runner.trainer, self.resumed.saved is not None
+        trainer, is_resumed = self.engine.runner.trainer, self.resume.saved is not None
         run_eagerly = trainer.run_eagerly
         trainer.run_eagerly = run_eagerly and not is_resumed
         try:

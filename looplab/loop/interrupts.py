@@ -58,7 +58,10 @@ class Interrupts:
         os.set_blocking(writer, False)  # `set_wakeup_fd` requires it
         thread = threading.Thread(target=self._watch, args=(reader,), name="looplab-signals", daemon=True)
         thread.start()
-        on_exit.callback(_end_thread, thread, reader, writer)
+        on_exit.callback(os.close, reader)
+        on_exit.callback(os.close, writer)
+        on_exit.callback(thread.join)
+        on_exit.callback(os.write, writer, b"\0")  # ends the thread: no signal has this number
         for number in self._signals:
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores signals
                 before = signal.signal(number, self._handle)
@@ -88,13 +91,6 @@ class Interrupts:
                 self._stop.assign(True)
                 name = signal.Signals(number).name
                 say(f"\nlooplab: {name}: stopping after this step. Send it again to exit at once.", sys.stderr)
-
-
-def _end_thread(thread: threading.Thread, reader: int, writer: int) -> None:
-    os.write(writer, b"\0")  # no signal has this number
-    thread.join()
-    os.close(writer)
-    os.close(reader)
 
 
 def _drop_unwritable() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from looplab.checkpoint.histories import Histories
 from looplab.summaries.lock import can_resume, no_other_run
 from looplab.summaries.writer import RunWriter
 
@@ -19,8 +18,7 @@ Write = Callable[[RunWriter], None]
 class RunFolder:
     """A log folder. It belongs to this trainer from the first `fit`, or the first value that is written.
 
-    If it already holds a run, only `fit` decides whether the trainer resumes that run. Values that are logged before
-    wait until then.
+    If it already holds a run, values that are logged wait until `fit` decides whether to resume that run.
 
     Args:
         path: The folder; None writes nothing.
@@ -29,17 +27,11 @@ class RunFolder:
     def __init__(self, path: Path | None):
         self.path = path
         self.events = RunWriter(path)
-        self.histories = Histories(path)
         self._is_taken = False
         self._waiting: list[tuple[Write, bool]] = []  # (write, if_resumed)
 
     def log(self, write: Write, if_resumed: bool = False) -> None:
-        """Writes what is logged outside of steps.
-
-        Args:
-            write: Writes it.
-            if_resumed: Whether a resumed run gets it too, if it is logged before `fit`.
-        """
+        """Writes what is logged outside of steps; before a `fit` that resumes, only if `if_resumed`."""
         if self.path is None or self._is_ours or not can_resume(self.path):
             with self.owned():
                 write(self.events)
@@ -52,13 +44,12 @@ class RunFolder:
         """Makes the run in the folder this trainer's, and writes what has waited.
 
         Args:
-            resumes: Whether the run has a checkpoint, and so the values that were logged before `fit`. If not,
-                everything that the run has left is removed.
+            resumes: Whether the run has a checkpoint. If not, everything that it has left is removed.
         """
         if self.path is not None and not resumes and not self._is_ours:
             self.events.remove()
         for write, if_resumed in self._waiting:
-            if if_resumed or not resumes:
+            if if_resumed or not resumes:  # else the run has the value
                 write(self.events)
         self._waiting.clear()
         self._is_taken = True

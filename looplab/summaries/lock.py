@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -11,11 +12,15 @@ import time
 from io import FileIO
 from pathlib import Path
 
-from looplab.summaries import hparams
 from looplab.warn import warn
 
 FOLDERS = ("train", "validation")
 """The folders in a log folder that have looplab's event files."""
+HPARAMS = "events.out.tfevents.0000000000.hparams"
+"""The event file in a log folder with the hyperparameters of the run. It sorts first: of several event files in a
+folder, TensorBoard reads only the last one as it grows."""
+_EVENTS = tuple(f"{folder}/events.out.*" for folder in FOLDERS)
+_CHECKPOINTS = "checkpoints/step-*"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _held: set[FolderLock] = set()
 
@@ -73,9 +78,11 @@ class FolderLock:
         Raises:
             InUseError: Another process has locked the folder since.
         """
-        file = self._file
-        if file is None or (self._path.exists() and os.path.samestat(os.fstat(file.fileno()), self._path.stat())):
+        if self._file is None:
             return False
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+                return False
         self.release()
         self.__enter__()
         return True
@@ -125,7 +132,7 @@ def no_other_run(log_dir: Path, resume: bool = False) -> None:
     """
     if log_dir.exists() and not log_dir.is_dir():
         raise ValueError(f"`log_dir` must be a folder; {log_dir} is a file. Pass another folder.")
-    if resume and _has_points(log_dir) and not can_resume(log_dir):
+    if resume and _holds(log_dir, *_EVENTS) and not can_resume(log_dir):
         raise ValueError(
             f"`resume`: `log_dir` {log_dir} holds event files that looplab did not write, and no run to resume. "
             f"Pass a new folder, or remove this one."
@@ -139,17 +146,13 @@ def no_other_run(log_dir: Path, resume: bool = False) -> None:
 
 def can_resume(log_dir: Path) -> bool:
     """Whether the folder holds a run of looplab."""
-    return _holds_run(log_dir) and ((log_dir / ".lock").exists() or _has_checkpoints(log_dir))
+    return _holds_run(log_dir) and _holds(log_dir, ".lock", _CHECKPOINTS)
 
 
 def _holds_run(log_dir: Path) -> bool:
-    """Whether it holds any part of a run; event files elsewhere in it are the user's own."""
-    return _has_points(log_dir) or _has_checkpoints(log_dir) or (log_dir / hparams.FILE).exists()
+    """Whether it holds any part of a run; event files elsewhere in it are the user's."""
+    return _holds(log_dir, *_EVENTS, _CHECKPOINTS, HPARAMS)
 
 
-def _has_points(log_dir: Path) -> bool:
-    return any(any(log_dir.glob(f"{folder}/events.out.*")) for folder in FOLDERS)
-
-
-def _has_checkpoints(log_dir: Path) -> bool:
-    return any(log_dir.glob("checkpoints/step-*"))
+def _holds(log_dir: Path, *patterns: str) -> bool:
+    return any(any(log_dir.glob(pattern)) for pattern in patterns)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import math
 import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -17,22 +19,24 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
+from tensorboard.plugins.hparams.api import hparams_pb
 from tensorboard.plugins.image import metadata as image
 from tensorboard.plugins.scalar import metadata as scalar
 
-from looplab.summaries import hparams
-from looplab.summaries.lock import FOLDERS, FolderLock
+from looplab.summaries.lock import FOLDERS, HPARAMS, FolderLock
 from looplab.summaries.projector import Embeddings
 from looplab.warn import warn
 
 _count = itertools.count()
 
 
-class _EventFile(NamedTuple):
+@dataclasses.dataclass
+class _EventFile:
     """An open event file, which is a TFRecord file of `Event` messages."""
 
     path: Path
     records: tf.io.TFRecordWriter
+    has_graph: bool = False
 
 
 class RunWriter:
@@ -48,7 +52,6 @@ class RunWriter:
         self._log_dir = log_dir
         self._lock = None if log_dir is None else FolderLock(log_dir)
         self._open: dict[str, _EventFile] = {}  # by folder
-        self._with_graph: set[str] = set()  # folders
         self._hparams: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}  # when this process last owned the folder
 
@@ -67,10 +70,11 @@ class RunWriter:
 
     def graph(self, folder: str, graph: tf.Graph | None) -> None:
         """Writes the first graph that it gets; TensorBoard shows one for each folder."""
-        if self._log_dir is not None and graph is not None and folder not in self._with_graph:
+        file = self._open.get(folder)
+        if self._log_dir is not None and graph is not None and not (file and file.has_graph):
             content = graph.as_graph_def(add_shapes=True).SerializeToString()
             self._write(folder, [Event(wall_time=time.time(), graph_def=content)])
-            self._with_graph.add(folder)
+            self._open[folder].has_graph = True
 
     def hparams(self, values: dict[str, Any]) -> None:
         """Writes hyperparameters, together with those of earlier calls, in place of what the run had before.
@@ -79,7 +83,9 @@ class RunWriter:
         """
         if self._log_dir is not None:
             self._hparams |= values
-            self._write("", [hparams.event(self._hparams)])
+            # The default `trial_id`, a hash of the values, would merge runs with equal values into one row.
+            summary = hparams_pb({name: _shown(value) for name, value in self._hparams.items()}, trial_id="")
+            self._write("", [Event(wall_time=time.time(), summary=summary)])
             self._close("")
 
     def embeddings(self, folder: str, embeddings: Embeddings) -> None:
@@ -137,7 +143,7 @@ class RunWriter:
         """Removes all event files of the run."""
         assert self._log_dir is not None
         self.rewind({})
-        (self._log_dir / hparams.FILE).unlink(missing_ok=True)
+        (self._log_dir / HPARAMS).unlink(missing_ok=True)
 
     def _write(self, folder: str, events: Iterable[Event]) -> None:
         if self._log_dir is None or self._lock is None:
@@ -146,7 +152,7 @@ class RunWriter:
         self.has_written = True
         try:
             if folder not in self._open:
-                self._open[folder] = _new_file(self._log_dir / folder, hparams.FILE if folder == "" else None)
+                self._open[folder] = _new_file(self._log_dir / folder, HPARAMS if folder == "" else None)
             records = self._open[folder].records
             for event in events:
                 records.write(event.SerializeToString())
@@ -159,16 +165,14 @@ class RunWriter:
 
     def _close(self, *folders: str) -> None:
         for folder in folders:
-            self._with_graph.discard(folder)
-            if file := self._open.pop(folder, None):
-                with contextlib.suppress(tf.errors.OpError):
-                    file.records.close()
+            with contextlib.suppress(KeyError, tf.errors.OpError):
+                self._open.pop(folder).records.close()
 
     def _close_deleted(self, was_deleted: bool = False) -> None:
         """Closes files that are no longer on the disk; warns about them, and about a deleted log folder."""
         deleted = [folder for folder, file in self._open.items() if not file.path.exists()]
-        self._close(*deleted)
         if deleted or was_deleted:
+            self._close(*deleted)
             warn(
                 f"`log_dir` {self._log_dir}, or a part of it, was deleted or moved while the run was using it. The "
                 f"points, checkpoints and hyperparameters in it are lost; the run continues in new files."
@@ -182,6 +186,14 @@ def image_content(images: tf.Tensor) -> tf.Tensor:
         images: uint8, shape (n, height, width, channels).
     """
     return tf.concat([tf.as_string(tf.shape(images)[2:0:-1]), tf.io.encode_png(images)], 0)
+
+
+def _shown(value: Any) -> bool | int | float | str:
+    """A hyperparameter that TensorBoard can show; it would leave out numbers that are not finite."""
+    if getattr(value, "shape", None) == ():
+        value = np.asarray(value).item()
+    is_shown = isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_shown else str(value)
 
 
 def _new_file(folder: Path, name: str | None) -> _EventFile:

@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 
 from looplab.checkpoint.policy import Checkpoint
-from looplab.checkpoint.resume import Resumed
-from looplab.checkpoint.store import NullStore, Store
+from looplab.checkpoint.store import Store
 from looplab.loop.fit import Fit
+from looplab.loop.resume import Resume
 from looplab.testing import read_scalars
 
 X = np.arange(8, dtype=np.float32)
@@ -48,13 +48,13 @@ class Recorder(keras.callbacks.Callback):
         self._record("train end")
 
 
-def fit(trainer, *callbacks, epochs=2, validation_freq=1, first_epoch=0, store=None, resumed=Resumed()):
+def fit(trainer, *callbacks, epochs=2, validation_freq=1, first_epoch=0, checkpoint=None, resume=False):
     engine = trainer.engine
     data = tf.data.Dataset.from_tensor_slices(X).batch(4)
     train = engine.batches("x", data, training_from=0)
     validation = engine.batches("validation_data", data)
-    store = store or NullStore()
-    Fit(engine, train, validation, validation_freq, [*callbacks], first_epoch, epochs, 0, store, resumed).run()
+    found = Resume(engine, checkpoint, resume)
+    Fit(engine, train, validation, validation_freq, [*callbacks], first_epoch, epochs, 0, found).run()
     return engine.state
 
 
@@ -102,21 +102,18 @@ def test_epochs_may_start_later(bare):
 
 
 def test_saves_when_it_is_due_and_resumes_there(bare, tmp_path, capfd):
-    def store():
-        return Store(tmp_path / "checkpoints", Checkpoint(every=3, keep=9))
-
-    whole = bare(log_dir=tmp_path)
-    fit(whole, store=store())
-    assert [path.name for path in store().paths()] == ["step-4-epoch-2", "step-3-epoch-1"]
-    saved, _ = store().newest()
+    checkpoint = Checkpoint(every=3, keep=9)
+    fit(bare(log_dir=tmp_path), checkpoint=checkpoint)
+    paths = Store(tmp_path / "checkpoints", checkpoint).paths()
+    assert [path.name for path in paths] == ["step-4-epoch-2", "step-3-epoch-1"]
     with pytest.raises(
         ValueError, match="`monitor` must be in the logs of an epoch, such as 'val_loss'; got 'val_los'"
     ):
-        fit(bare(), store=Store(tmp_path / "others", Checkpoint(monitor="val_los")))
+        fit(bare(log_dir=tmp_path / "others"), checkpoint=Checkpoint(monitor="val_los"))
     again = bare(log_dir=tmp_path)
     recorder = Recorder()
     with pytest.warns(UserWarning, match="no state of Recorder"):
-        state = fit(again, recorder, epochs=3, store=store(), resumed=Resumed(saved, saved))
+        state = fit(again, recorder, epochs=3, checkpoint=checkpoint, resume=True)
     assert recorder.calls[:2] == [("train begin", 0), ("epoch 2 begin", 4)]
     assert (state.steps, state.epochs, float(again.weight)) == (6, 3, 6)
 
@@ -134,11 +131,11 @@ def test_an_eager_step_that_cannot_be_traced_cannot_resume(bare, tmp_path):
             x.numpy()
             return super().train_step(x)
 
-    store = Store(tmp_path / "checkpoints", Checkpoint())
     trainer = bare(Looking, log_dir=tmp_path)
     trainer.run_eagerly = True
-    fit(trainer, epochs=1, store=store)
-    saved, _ = store.newest()
+    fit(trainer, epochs=1, checkpoint=Checkpoint())
+    again = bare(Looking, log_dir=tmp_path)
+    again.run_eagerly = True
     with pytest.raises(ValueError, match=r"`run_eagerly` with `resume`.*under `if self.run_eagerly:`"):
-        fit(trainer, epochs=2, store=store, resumed=Resumed(saved, saved))
-    assert trainer.run_eagerly
+        fit(again, epochs=2, checkpoint=Checkpoint(), resume=True)
+    assert again.run_eagerly

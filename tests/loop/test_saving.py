@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from looplab.checkpoint import histories
 from looplab.checkpoint.policy import Checkpoint
-from looplab.checkpoint.resume import Resumed
 from looplab.checkpoint.snapshot import Asked
-from looplab.checkpoint.store import Store
 from looplab.loop.guard import Fault
 from looplab.loop.interrupts import Interrupted, Interrupts
-from looplab.loop.saving import Saving, skip
+from looplab.loop.resume import Resume
+from looplab.loop.saving import Saving
 from looplab.state import Progress
 
 X = np.arange(8, dtype=np.float32)
@@ -33,24 +33,24 @@ class Counting(keras.callbacks.Callback):
 class Call:
     """The parts of a call of `fit` that save."""
 
-    def __init__(self, trainer, folder, resume=False, epochs=5):
+    def __init__(self, trainer, resume=False, epochs=5):
         self.trainer, self.engine, self.state = trainer, trainer.engine, trainer.engine.state
-        self.store = Store(folder / "checkpoints", Checkpoint(monitor="val_loss", keep=9))
-        self.store.prefer(lower=True)
+        found = Resume(self.engine, Checkpoint(monitor="val_loss", keep=9), resume)
+        self.store = found.store
         data = tf.data.Dataset.from_tensor_slices(X).batch(4)
         self.train = self.engine.batches("x", data, training_from=0)
         self.callback = Counting()
         callbacks = keras.callbacks.CallbackList([self.callback], model=trainer)
         asked = Asked(epochs, self.train.described, {}, {})
-        saved = self.store.newest()[0] if resume else None
-        self.saving = Saving(self.engine, self.train, None, callbacks, asked, self.store, Resumed(saved, saved))
+        self.saving = Saving(self.engine, self.train, None, callbacks, asked, found)
         self.engine.tracer.compiled("train", self.train.element_spec)
-        self.saving.load()
+        found.check(asked)
+        found.load(self.train, None)
         self.saving.start()
 
     def snapshot(self):
         self.store.wait()
-        return self.store.newest()[0].snapshot
+        return self.store.newest().snapshot
 
     def interrupts(self):
         return Interrupts(self.engine.tracer.stop, saves=True)
@@ -58,7 +58,7 @@ class Call:
 
 @pytest.fixture
 def call(bare, tmp_path):
-    return Call(bare(log_dir=tmp_path), tmp_path)
+    return Call(bare(log_dir=tmp_path))
 
 
 def test_restores_variables_counters_and_callbacks(call, bare, tmp_path):
@@ -70,7 +70,7 @@ def test_restores_variables_counters_and_callbacks(call, bare, tmp_path):
     call.saving.save()
     call.snapshot()
 
-    resumed = Call(bare(log_dir=tmp_path), tmp_path, resume=True)
+    resumed = Call(bare(log_dir=tmp_path), resume=True)
     assert float(resumed.trainer.weight) == 7
     assert float(resumed.trainer.seen.result()) == 5
     assert resumed.callback.count == 12  # not the 10 of `on_train_begin`
@@ -83,8 +83,9 @@ def test_monitors_the_epoch_that_has_just_ended(call):
     assert call.saving.monitored() == 0.5
     call.state.in_epoch = True
     assert call.saving.monitored() is None
-    call.state.in_epoch, call.state.logs = False, {}
-    assert call.saving.monitored() is None
+    for logs in {}, {"val_loss": float("nan")}:
+        call.state.in_epoch, call.state.logs = False, logs
+        assert call.saving.monitored() is None
 
 
 def test_a_checkpoint_in_a_validation_is_one_of_before_it(call):
@@ -127,19 +128,19 @@ def test_a_fault_saves_and_becomes_an_error(call):
 def test_any_other_error_saves_nothing(call):
     with pytest.raises(ZeroDivisionError), call.saving.on_exit(call.interrupts()):
         raise ZeroDivisionError
-    assert call.store.newest()[0] is None
+    assert call.store.newest() is None
 
 
 def test_a_complete_call_is_skipped(call, bare, tmp_path, capfd):
     call.trainer.weight.assign(7.0)
     call.state.steps, call.state.epochs, call.state.fits = 4, 2, 1
-    call.engine.folder.histories.complete(0, {"loss": [0.5, 0.25]})
-    call.engine.folder.histories.write()
+    histories.write(tmp_path, 0, {"loss": [0.5, 0.25]})
     call.saving.save()
     call.store.wait()
     trainer = bare(log_dir=tmp_path)
-    train = Call(trainer, tmp_path / "elsewhere").train
-    history = skip(trainer.engine, train, Resumed(call.store.newest()[0]))
+    found = Resume(trainer.engine, Checkpoint(), True)
+    assert (found.is_skipped, found.saved) == (True, None)
+    history = found.skip(call.train)
     assert (history.history, history.epoch) == ({"loss": [0.5, 0.25]}, [0, 1])
     assert (float(trainer.weight), trainer.engine.state.steps, trainer.engine.state.fits) == (7, 4, 1)
     assert "call 1 of `fit`" in capfd.readouterr().out
