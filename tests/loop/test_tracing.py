@@ -4,7 +4,8 @@ import keras
 import pytest
 import tensorflow as tf
 
-from looplab.loop.compiled import Compiled, Predictor
+from looplab.loop.compiled import Compiled
+from looplab.loop.predictor import Predictor
 from looplab.loop.tracing import Tracer
 
 SPEC, OTHER = tf.TensorSpec((None,), tf.float32), tf.TensorSpec((4,), tf.float32)
