@@ -8,6 +8,7 @@ import numbers
 import shlex
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from looplab.loop.guard import Fault
 from looplab.loop.interrupts import Interrupted, Interrupts
 from looplab.paths import local_path
 from looplab.warn import say, warn
+
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")
+"""The command that runs the recipe that trains, if it is run by one."""
 
 
 class Saving:
@@ -107,8 +111,8 @@ class Saving:
         engine.folder.events.rewind(then.files)
         memory.rewind(callbacks, then.appended)
         self._store.drop_newer(path)
-        if line := self._resumed.report(self._asked.epochs, self._asked.callbacks):
-            say(line)
+        resuming = f"looplab: resuming at step {then.state.steps + 1} (epoch {then.state.epoch + 1})"
+        say(self._resumed.report(self._asked.epochs, self._asked.callbacks) or resuming)
 
     @contextlib.contextmanager
     def on_exit(self, interrupts: Interrupts) -> Iterator[None]:
@@ -122,11 +126,9 @@ class Saving:
             if self.has_news:
                 self.save()
             self._store.wait()
-            say(
-                f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {log_dir}. To resume: "
-                f"`fit(..., resume=True)`, or --resume {shlex.quote(str(log_dir))} on a recipe's command line.",
-                sys.stderr,
-            )
+            saved = f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {log_dir}."
+            command = f"{COMMAND.get()} --resume {shlex.quote(str(log_dir))}"
+            say(f"\n{saved} To resume: {command if COMMAND.get() else '`fit(..., resume=True)`'}", sys.stderr)
             raise
         except Fault as fault:
             self.save()
