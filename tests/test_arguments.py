@@ -154,7 +154,7 @@ def test_a_type_that_no_flag_can_give_is_refused_by_name(annotation, default, na
 
 
 @pytest.mark.parametrize(
-    ("annotation", "default", "words", "told"),
+    ("annotation", "default", "words", "text"),
     [
         (list[int], [], "--x 1 two", "invalid int value: '1 two' (separate values by spaces)"),
         (list[bool], [], "--x yes", "invalid {true,false} value: 'yes'"),
@@ -165,7 +165,7 @@ def test_a_type_that_no_flag_can_give_is_refused_by_name(annotation, default, na
         (float | None, None, "--x none", "invalid float value: 'none'"),
     ],
 )
-def test_a_value_of_another_type_is_refused(annotation, default, words, told, capsys):
+def test_a_value_of_another_type_is_refused(annotation, default, words, text, capsys):
     def recipe(x=default, **options):
         raise AssertionError("the recipe is not called")
 
@@ -173,7 +173,7 @@ def test_a_value_of_another_type_is_refused(annotation, default, words, told, ca
     with pytest.raises(SystemExit) as caught:
         looplab.main(recipe, words.split())
     assert caught.value.code == 2
-    assert f"error: argument --x: {told}" in capsys.readouterr().err
+    assert f"error: argument --x: {text}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["_x", "x_", "__x", "größe"])
@@ -262,4 +262,4 @@ def test_flags_that_contradict_a_resumed_run_are_refused(tmp_path, capsys):
     looplab.main(typed, ["--resume", str(tmp_path / "run"), "--verbose", "0", "--layers", "64", "32"])
     with pytest.raises(SystemExit):
         looplab.main(typed, ["--resume", str(tmp_path / "run"), "--layers", "64"])
-    assert "`layers` is [64], and the run in" in capsys.readouterr().err
+    assert "`layers` is [64], but the run in" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import looplab
+from looplab.cli.files import environment
 from looplab.data import batches as data
 from looplab.recipes.vae import vae
 from looplab.testing import read_scalars
@@ -147,11 +148,11 @@ def test_wrong_flag_names_the_nearest_and_leaves_nothing(tmp_path, monkeypatch, 
 def test_run_leaves_all_files_and_is_quiet(finished):
     folder, status, stdout, stderr = finished["run"]
     assert (status, stderr) == (0, "")  # no terminal, no bar
-    *_, watch, last = stdout.splitlines()
-    assert TENSORBOARD.format("runs") in watch
+    watch, last = stdout.splitlines()
+    assert watch == f"To watch it: {TENSORBOARD.format('runs')}"
     values = {name: values[-1] for name, values in json.loads(history_of(folder / "runs" / "first")).items()}
     text = ", ".join(f"{name}={values[name]:.4g}" for name in ("loss", "val_loss"))
-    assert re.fullmatch(rf"looplab: 4 steps in \d+ s, all in runs/first: {re.escape(text)}", last)
+    assert re.fullmatch(rf"looplab: 4 steps in \d+ s, all files in runs/first: {re.escape(text)}", last)
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     events = {path for path in left if "tfevents" in path}
     folders = {"runs/first", "runs/first/train", "runs/first/validation"}  # the first has the hyperparameters
@@ -209,7 +210,7 @@ def test_history_reads_back_to_the_same_floats(trained):
 
 
 def test_run_again_gives_the_same_bits(trained, tmp_path):
-    keras.utils.set_random_seed(99)  # nothing that went before matters
+    keras.utils.set_random_seed(99)  # nothing from before matters
     again = looplab.run(vae, data=DIGITS, epochs=2, log_dir=tmp_path / "again")
     assert history_of(tmp_path / "again") == history_of(trained[0])
     for one, other in zip(again.trainer.get_weights(), trained[1].trainer.get_weights(), strict=True):
@@ -228,7 +229,7 @@ def test_weights_are_where_a_run_starts(trained, tmp_path):
     looplab.main(vae, flags.split())
 
     def first_loss(weights):
-        """By hand, with the weights, the noise and the first batch that the run began with."""
+        """By hand, with the weights, the noise and the first batch that the run starts with."""
         keras.utils.set_random_seed(5)
         recipe = vae(data=DIGITS, seed=5)
         model = recipe.trainer.model
@@ -249,36 +250,36 @@ def test_weights_are_where_a_run_starts(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "text"),
     [
-        ("--epochs 0", "argument --epochs: must be at least 1, got 0"),
+        ("--epochs 0", "argument --epochs: must be at least 1; got 0"),
         ("--epochs 1.5", "argument --epochs: "),
         ("--batch-size x", "argument --batch-size: "),
-        ("--batch-size -1", "argument --batch-size: must be at least 1, got -1"),
-        ("--limit 0", "argument --limit: must be at least 1, got 0"),
+        ("--batch-size -1", "argument --batch-size: must be at least 1; got -1"),
+        ("--limit 0", "argument --limit: must be at least 1; got 0"),
         ("--hidden many", "argument --hidden: "),
         ("--learning-rate fast", "argument --learning-rate: "),
         ("--dataset foo", "argument --dataset: "),
         ("--seed 1e3", "argument --seed: "),
         ("--verbose 3", "argument --verbose: invalid choice: '3' (choose from auto, 0, 1, 2)"),
-        ("--steps-per-execution 0", "argument --steps-per-execution: must be at least 1, got 0"),
+        ("--steps-per-execution 0", "argument --steps-per-execution: must be at least 1; got 0"),
         ("--latent 3", "unknown argument --latent"),
         ("--latent_dim=3", "unknown argument --latent_dim=3: did you mean --latent-dim?"),
         ("--data-dir empty", "`data_dir`: empty has no file mnist.npz"),
         ("--dataset digits --weights no.weights.h5", ""),
     ],
 )
-def test_wrong_value_is_one_clear_line_and_leaves_nothing(flags, told, tmp_path, monkeypatch, capsys):
+def test_wrong_value_is_one_clear_line_and_leaves_nothing(flags, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         looplab.main(vae, [*flags.split(), "--log-dir", "run"])
     stdout, stderr = capsys.readouterr()
     assert (caught.value.code, stdout) == (2, "")
     error = stderr.splitlines()[-1]
-    assert error.startswith(f"python -m looplab.recipes.vae: error: {told}")
+    assert error.startswith(f"python -m looplab.recipes.vae: error: {text}")
     name, value = re.split("[ =]", flags)[-2:]
     assert name.strip("-").replace("-", "_") in error.replace("-", "_")
-    assert value in error or told.startswith("unknown")
+    assert value in error or text.startswith("unknown")
     assert " _" not in error  # no name from within
     assert list(tmp_path.iterdir()) == []
 
@@ -299,6 +300,51 @@ def test_folder_with_a_run_is_refused_on_the_command_line(trained, capsys):
 
 
 # Any recipe function.
+
+
+def test_mistakes_of_a_recipe_are_one_sentence(tmp_path):
+    def returns_none(**options):
+        looplab.Trainer(lambda x: x, **options)
+
+    def returns_its_trainer(**options):
+        return looplab.Trainer(lambda x: x, **options)
+
+    def takes_no_options():
+        raise AssertionError
+
+    def takes_plot(plot=True, **options):
+        raise AssertionError
+
+    for recipe, text in {
+        returns_none: "recipe `returns_none` must return a `looplab.Recipe`; got NoneType",
+        returns_its_trainer: "recipe `returns_its_trainer` must return a `looplab.Recipe`; got Trainer",
+        takes_no_options: r"recipe `takes_no_options`: .* It must take its own arguments, and \*\*options",
+        takes_plot: "recipe `takes_plot`: `plot` is a reserved argument name; rename it",
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            looplab.run(recipe, log_dir=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_nearest_argument_of_a_recipe_is_suggested(small, tmp_path):
+    with pytest.raises(ValueError, match=r"recipe `build` has no argument `epoch`: did you mean `epochs`\?"):
+        looplab.run(small.build, epoch=2, log_dir=tmp_path / "run")
+    with pytest.raises(TypeError, match=r"`Trainer` has no argument `metric`: did you mean `metrics`\?"):
+        looplab.run(small.build, metric=[], log_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_git_revision_is_that_of_the_checkout_with_the_recipe(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    assert environment(small.build)["git_revision"] is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert environment(small.build)["git_revision"] is None  # as of a package in a virtual environment in a checkout
+    subprocess.run([*git, "add", "small_recipe.py"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert environment(small.build)["git_revision"] == head
 
 
 def test_flags_of_a_recipe_function_keep_their_types(small, tmp_path, monkeypatch):
@@ -344,7 +390,7 @@ def test_help_of_a_recipe_function_shows_types_defaults_and_docstring_lines(smal
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "text"),
     [
         ("--kind rmsprop", "argument --kind: invalid choice: 'rmsprop'"),
         ("--level 3", "argument --level: invalid choice: '3'"),
@@ -353,16 +399,16 @@ def test_help_of_a_recipe_function_shows_types_defaults_and_docstring_lines(smal
         ("--widht 3", "unknown argument --widht: did you mean --width?"),
     ],
 )
-def test_wrong_flag_of_a_recipe_function_is_refused(flags, told, small, monkeypatch, capsys):
+def test_wrong_flag_of_a_recipe_function_is_refused(flags, text, small, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         looplab_m(monkeypatch, "small_recipe:build", *flags.split())
     assert caught.value.code == 2
-    assert f"error: {told}" in capsys.readouterr().err
+    assert f"error: {text}" in capsys.readouterr().err
     assert small.seen == []
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "text"),
     [
         ([], "MODULE:FUNCTION"),
         (["no_such:build"], "No module named 'no_such'"),
@@ -370,8 +416,8 @@ def test_wrong_flag_of_a_recipe_function_is_refused(flags, told, small, monkeypa
         (["small_recipe"], "no attribute 'small_recipe'"),
     ],
 )
-def test_what_names_no_recipe_is_told_with_the_usage(arguments, told, small, monkeypatch):
+def test_an_argument_that_names_no_recipe_is_an_error_with_the_usage(arguments, text, small, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         looplab_m(monkeypatch, *arguments)
-    assert told in str(caught.value.code)
+    assert text in str(caught.value.code)
     assert "usage: python -m looplab MODULE:FUNCTION" in str(caught.value.code)

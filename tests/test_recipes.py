@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
 
 
 def parsed(text):
-    """What a summary tells: (by layer, its first output shape and its parameters; the three counts)."""
+    """What a summary shows: (by layer, its first output shape and its parameters; the three counts)."""
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     layers = {row[0].split(" ")[0]: (whole_numbers(row[1]), *whole_numbers(row[2])) for row in rows if row[2]}
     counts = [int(count.replace(",", "")) for count in re.findall(r"params: ([\d,]+)", text)]
@@ -614,11 +614,11 @@ def test_validation_split_leaves_the_test_images_for_the_report_and_verbose_0_pr
     support = [row["support"] for row in report["per_class"].values()]
     assert support == np.bincount(labels).tolist()
     assert report["accuracy"] == pytest.approx(np.mean(probabilities.argmax(axis=1) == labels))
-    told = recipe.trainer.evaluate(*recipe.validation, verbose=0)
-    assert told["accuracy"] == pytest.approx(recipe.trainer.history.history["val_accuracy"][-1])
+    values = recipe.trainer.evaluate(*recipe.validation, verbose=0)
+    assert values["accuracy"] == pytest.approx(recipe.trainer.history.history["val_accuracy"][-1])
 
 
-def test_config_tells_what_the_plan_chose(trained):
+def test_config_has_what_the_plan_chose(trained):
     config = json.loads((trained("mini_inception").folder / "config.json").read_text())
     assert (config["epochs"], config["batch_size"]) == (1, BATCH_SIZE)
     assert config["optimizers"]["optimizer"]["learning_rate"] == pytest.approx(1e-3)
@@ -634,7 +634,9 @@ def test_diverging_training_ends_with_one_line_and_no_report(tmp_path, capsys):
     assert "smaller learning rate" in error
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"nonfinite", "checkpoints"} <= left
-    assert not left & {"report.json", "history.json", "timings.json", "model.weights.h5"}
+    assert not left & {"report.json", "history.json", "model.weights.h5"}
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    assert (timings["steps"], timings["finished_epochs"]) == (timings["total_steps"], 0)
 
 
 def test_results_of_another_run_are_not_written_over(tmp_path, capsys):
@@ -690,7 +692,7 @@ def refusal(recipe, flags, capsys):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "flags", "told"),
+    ("recipe", "flags", "text"),
     [
         ("mlp", "--predict picture.png", "--weights FILE"),
         ("mlp", "DIGITS --predict text.png", "text.png is not a picture"),
@@ -702,14 +704,14 @@ def refusal(recipe, flags, capsys):
         (
             "mlp",
             "--weights WEIGHTS --predict picture.png",
-            "`weights` WEIGHTS learned from digits: pass --dataset digits",
+            "`weights` WEIGHTS was trained on digits: pass --dataset digits",
         ),
-        ("mlp", "--weights no.weights.h5 --predict picture.png", "no.weights.h5 is none"),
+        ("mlp", "--weights no.weights.h5 --predict picture.png", "ends in .weights.h5; got no.weights.h5"),
         ("mlp", "--weights text.weights.h5 --predict picture.png", "`weights` text.weights.h5"),
-        ("vae", "DIGITS --predict picture.png", "recipe `vae` tells no classes"),
+        ("vae", "DIGITS --predict picture.png", "recipe `vae` is not a classifier: it has no `predict`"),
     ],
 )
-def test_predictions_that_cannot_be_made(recipe, flags, told, trained, tmp_path, monkeypatch, capsys):
+def test_predictions_that_cannot_be_made(recipe, flags, text, trained, tmp_path, monkeypatch, capsys):
     weights = str(trained("mlp").folder / "model.weights.h5")
     monkeypatch.chdir(tmp_path)
     write_png(tmp_path / "picture.png", np.zeros((8, 8), "uint8"))
@@ -718,7 +720,7 @@ def test_predictions_that_cannot_be_made(recipe, flags, told, trained, tmp_path,
     (tmp_path / "cut.png").write_bytes((tmp_path / "picture.png").read_bytes()[:40])
     (tmp_path / "text.weights.h5").write_text("no weights")
     flags = flags.replace("DIGITS", "--dataset digits --weights WEIGHTS").replace("WEIGHTS", weights)
-    assert told.replace("WEIGHTS", weights) in refusal(recipe, flags.split(), capsys)
+    assert text.replace("WEIGHTS", weights) in refusal(recipe, flags.split(), capsys)
 
 
 def test_pictures_of_any_size_and_kind(trained, tmp_path, capsys):

@@ -148,9 +148,8 @@ class Store:
 
     def paths(self) -> list[Path]:
         """All checkpoints, the newest first."""
-        matches = {path: _NAME.fullmatch(path.name) for path in self.folder.glob("step-*")}
-        counts = {path: tuple(map(int, match.groups())) for path, match in matches.items() if match}
-        return sorted(counts, key=counts.__getitem__, reverse=True)
+        paths = (path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
+        return sorted(paths, key=steps_and_epochs, reverse=True)
 
     def newest(self) -> Saved | None:
         """The newest whole checkpoint, or None if there are none; warns about each that is skipped.
@@ -200,3 +199,10 @@ class Store:
     def _worth(self, monitored: float) -> float:
         """The higher, the better."""
         return -monitored if self.lower_is_better else monitored
+
+
+def steps_and_epochs(path: Path) -> tuple[int, ...]:
+    """How many steps and epochs were done when the checkpoint with this path was saved."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return tuple(map(int, match.groups()))

@@ -1,21 +1,23 @@
-"""The arguments of a recipe: their types and help, their values from words of a command line and from JSON."""
+"""The arguments of a recipe: their types, their help, and their values as words of a command line."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import docstring_parser
 import numpy as np
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-REQUIRED = inspect.Parameter.empty  # the default of an argument that has none
+REQUIRED = inspect.Parameter.empty  # stands for the default of an argument that has none
 _CONTAINERS = (tuple, list, set, frozenset, dict)
 
 
@@ -24,30 +26,36 @@ class Argument(NamedTuple):
 
     name: str
     type: Any
-    """As annotated. Where the annotation is missing, or a container's without its parts, the default's type; Any where
-    that says nothing either; the text of an annotation that names what only type checkers know."""
+    """The annotation. Without one, or if it is a container's without its parts, the type of the default, or Any; a
+    string if it names what only type checkers know."""
     default: Any
     help: str
-
-    @property
-    def is_group(self) -> bool:
-        """Whether the default is a dataclass, whose fields are flags of their own."""
-        return is_dataclass(self.default) and not isinstance(self.default, type)
+    key: str
+    """`name`, or `argument.name` for a field of an argument whose default is a dataclass."""
 
 
 def arguments(owner: Callable) -> list[Argument]:
-    """The keyword arguments of a function, or of a dataclass, with their lines of its docstring."""
+    """The keyword arguments of a function or dataclass, with their lines of its docstring.
+
+    An argument whose default is a dataclass stands for its fields.
+    """
     described = docstring_parser.parse(inspect.getdoc(owner) or "").params
     lines = {argument.arg_name: " ".join((argument.description or "").split()) for argument in described}
-    return [
-        Argument(name, _type(_evaluated(owner, p.annotation), p.default), p.default, lines.get(name, ""))
-        for name, p in inspect.signature(owner).parameters.items()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    found: list[Argument] = []
+    for name, p in inspect.signature(owner).parameters.items():
+        if is_dataclass(p.default) and not inspect.isclass(p.default) and not inspect.isclass(owner):
+            fields = arguments(type(p.default))
+            found += [
+                field._replace(default=getattr(p.default, field.name), key=f"{name}.{field.name}") for field in fields
+            ]
+        elif p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            kind = _type(_evaluated(owner, p.annotation), p.default)
+            found.append(Argument(name, kind, p.default, lines.get(name, ""), name))
+    return found
 
 
 def spec_of(kind: Any) -> PrimitiveConstructorSpec | None:
-    """How words become a value of this type; None where they cannot, or do not say which word is whose."""
+    """How words become a value of this type; None if they cannot, or if it is unclear where its parts end."""
     plain = str if kind is Any else frozenset[str] if kind is frozenset else kind
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(plain, set()))
     return spec if isinstance(spec, PrimitiveConstructorSpec) and not _is_ambiguous(kind) else None
@@ -63,10 +71,11 @@ def read(kind: Any, words: Sequence[str]) -> Any:
     """The value of this type that the words give.
 
     Raises:
-        ValueError: They give none.
+        ValueError: There is none.
     """
     spec = spec_of(kind)
-    assert spec is not None
+    if spec is None:
+        raise ValueError(f"no words give a value of type {inspect.formatannotation(kind)}")
     if issubclass(class_of(kind), Mapping) and all("=" in word for word in words):
         words = [part for word in words for part in word.split("=", 1)]
     if isinstance(spec.nargs, int) and len(words) != spec.nargs:
@@ -75,44 +84,37 @@ def read(kind: Any, words: Sequence[str]) -> Any:
         raise ValueError(f"invalid choice: {words[0]!r} (choose from {', '.join(spec.choices)})")
     try:
         return spec.instance_from_str(list(words))
-    except Exception as error:  # of whatever type: tyro calls the type itself
+    except Exception as error:  # tyro calls the type, which may raise anything
         name = metavar(without_none(kind)).lower()
         apart = " (separate values by spaces)" if spec.nargs != 1 else ""
         raise ValueError(f"invalid {name} value: {' '.join(words)!r}{apart}") from error
 
 
-def from_json(kind: Any, value: Any) -> Any:
-    """The value of this type that JSON holds as `value`; as it is, where nothing is known of the type.
+def words_of(kind: Any, value: Any) -> Any:
+    """A value of this type as JSON can hold it: the words of which `read` makes it, or else itself.
 
-    Raises:
-        TypeError, ValueError: The type has no such value.
+    None if JSON cannot hold it.
     """
-    if value is None:
-        return None
-    kind, class_ = without_none(kind), class_of(kind)
-    if is_dataclass(class_):
-        kinds, derived = {a.name: a.type for a in arguments(class_)}, {f.name for f in fields(class_) if not f.init}
-        parts = {name: part for name, part in dict(value).items() if name not in derived}
-        return class_(**{name: from_json(kinds.get(name, Any), part) for name, part in parts.items()})
-    if isinstance(value, list | dict) and issubclass(class_, _CONTAINERS):
-        value = class_._make(value) if hasattr(class_, "_make") else class_(value)
-        if kind is class_:  # nothing is known of its parts
-            return value
+    value = value.item() if isinstance(value, np.generic) else value
+    value = str(value) if isinstance(value, PurePath) and class_of(kind) is str else value
     spec = spec_of(kind)
-    if kind is Any or spec is None or isinstance(value, bool | int | float) or spec.is_instance(value):
-        return value
-    return read(kind, list(_words(value)))
+    if spec is not None and spec.is_instance(value):
+        words = spec.str_from_instance(value)
+        with contextlib.suppress(ValueError):
+            if read(kind, words) == value or value != value:  # NaN
+                return words
+    return value if type(value) in (bool, int, float, str) else None
 
 
 def class_of(kind: Any) -> type:
-    """The class of a type's values: tuple for `tuple[int, ...] | None`; object where it has several."""
+    """The class of a type's values: tuple for `tuple[int, ...] | None`; object if there are several."""
     kind = without_none(kind)
     class_ = typing.get_origin(kind) or kind
     return class_ if isinstance(class_, type) else object
 
 
 def without_none(kind: Any) -> Any:
-    """Of `int | None`, int."""
+    """For `int | None`, int."""
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     return parts[0] if _is_union(kind) and len(parts) == 1 else kind
 
@@ -122,7 +124,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _is_ambiguous(kind: Any) -> bool:
-    """Whether it has parts of any number of words, and nothing that parts them."""
+    """Whether it has parts with any number of words, so that nothing separates them."""
     parts = [part for part in typing.get_args(kind) if part is not ...]
     if typing.get_origin(kind) is typing.Literal:
         return False
@@ -131,35 +133,20 @@ def _is_ambiguous(kind: Any) -> bool:
     return any(spec is None or not isinstance(spec.nargs, int) for spec in map(spec_of, parts))
 
 
-def _words(value: Any) -> Iterator[str]:
-    """All words of a value, each part's after the other's."""
-    if isinstance(value, Mapping):
-        value = [part for pair in value.items() for part in pair]
-    if isinstance(value, list | tuple | set | frozenset):
-        for part in value:
-            yield from _words(part)
-    else:
-        yield str(value)
-
-
 def _evaluated(owner: Callable, annotation: Any) -> Any:
-    """An annotation, of which all or a part may be text."""
+    """An annotation that may be, or contain, a string."""
     try:
         scope = vars(sys.modules[owner.__module__]) if inspect.isclass(owner) else inspect.unwrap(owner).__globals__
         return typing.get_type_hints(types.SimpleNamespace(__annotations__={"_": annotation}), scope)["_"]
-    except Exception:  # whatever evaluating it raises
+    except Exception:  # evaluating it may raise anything
         return annotation
 
 
 def _type(annotation: Any, default: Any) -> Any:
-    """The type that an annotation and a default make together."""
-    if is_dataclass(default) and not isinstance(default, type):
-        return type(default)
+    """The type of an argument by its annotation and its default."""
     default = default.item() if isinstance(default, np.generic) else default
     if annotation in (REQUIRED, Any, object):
-        if type(default) in _CONTAINERS:
-            return _container(default, ())
-        return Any if default is None or default is REQUIRED else type(default)
+        annotation = Any if default is None or default is REQUIRED else type(default)
     class_, parts = class_of(annotation), typing.get_args(without_none(annotation))
     names_all = class_ is object or (parts and not inspect.isabstract(class_))
     if names_all or type(default) not in _CONTAINERS or not isinstance(default, class_):
@@ -169,7 +156,7 @@ def _type(annotation: Any, default: Any) -> Any:
 
 
 def _container(value: Any, parts: tuple) -> Any:
-    """The type of a container; `parts` are the types of its parts, where they are known."""
+    """The type of a container; `parts` are the types of its parts, if they are known."""
     kind = type(value)
     if not value and not parts:
         return kind
@@ -180,12 +167,12 @@ def _container(value: Any, parts: tuple) -> Any:
 
 
 def _any_of(values: Iterable[Any]) -> Any:
-    """The union of the values' types; text comes last, because all words are text."""
+    """The union of the values' types, str last, because every word is a str."""
     return typing.Union[tuple(sorted(dict.fromkeys(map(_part, values)), key=lambda kind: kind is str))]  # noqa: UP007
 
 
 def _part(value: Any) -> Any:
-    """The type of a value in a container: that of a tuple has as many parts."""
+    """The type of a value in a container; the type of a tuple has as many parts as the tuple."""
     if type(value) is tuple and value:
         return tuple[tuple(map(_part, value))]  # type: ignore[misc]
     return type(None) if value is None else _type(REQUIRED, value)

@@ -1,12 +1,13 @@
-"""What a recipe is: a trainer, and what it is to learn."""
+"""What a recipe is: a trainer and its data."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,24 @@ from looplab.trainer import Trainer
 
 
 class UsageError(ValueError):
-    """A run cannot begin as asked for."""
+    """A run cannot start as requested."""
 
 
-def path_argument(argument: str, path: str | Path) -> Path:
-    """A path that was passed to a run, with `~` expanded.
-
-    Raises:
-        UsageError: It is a URL, or no path.
-    """
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Makes each `ValueError` inside it a `UsageError`."""
     try:
-        return local_path(argument, path)
-    except (TypeError, ValueError) as error:
+        yield
+    except ValueError as error:
         raise UsageError(str(error)) from error
 
 
 @checks.named
 @dataclasses.dataclass
 class Recipe:
-    """A trainer, and what it is to learn: what a recipe function returns.
+    """A trainer and its data: what a recipe function returns.
 
-    Name the layers of its models: Keras counts unnamed ones through the whole process, and TensorBoard's tags follow.
+    Name the layers of its models: Keras numbers unnamed ones across the whole process, and TensorBoard's tags follow.
 
     Example:
         >>> import keras, numpy as np, looplab
@@ -56,24 +54,24 @@ class Recipe:
 
     trainer: Trainer
     train: Any
-    """What `fit` takes: a data set, a function of the epoch, or a tuple (x, y) of arrays."""
+    """What `fit` takes: a dataset, a function of the epoch, or a tuple (x, y) of arrays."""
     validation: Any = None
     """Likewise, or None."""
     epochs: int = 1
     batch_size: int | None = None
     callbacks: Sequence[keras.callbacks.Callback] = ()
     data: Arrays | None = None
-    """The data set: `config.json` tells where it came from, and with `predict` its test images are reported on."""
+    """The dataset: `config.json` describes it, and with `predict` the run ends with a report on its test images."""
     predict: Callable[[np.ndarray], np.ndarray] | None = None
     """For a classifier of the images of `data`: from images as they are there to a probability for each class, shape
-    (n, classes). With it a run ends with a report on the test images, and `--predict` takes pictures."""
+    (n, classes). `--predict` calls it for pictures."""
 
     def __post_init__(self) -> None:
         if self.predict is not None:
             checks.classified_images(self.data)
 
     def fit(self, verbose: int | str = "auto", resume: bool = False) -> keras.callbacks.History:
-        """Trains it, or goes on with it, as `Trainer.fit`."""
+        """Trains, or resumes the training, as `Trainer.fit` does."""
         x, y, sample_weight = self._training_data()
         return self.trainer.fit(
             x,
@@ -88,15 +86,19 @@ class Recipe:
         )
 
     def build(self, weights: str | Path | None = None) -> None:
-        """Makes all weights, without training, and reads them from a file."""
+        """Creates all weights without training, and loads them from a file if one is given."""
+        if weights is not None:
+            with usage_errors():
+                weights = local_path("weights", weights)
+            if not (weights.is_file() and weights.name.endswith(".weights.h5")):
+                raise UsageError(f"`weights` must be an existing file whose name ends in .weights.h5; got {weights}.")
         if self.predict is not None and self.data is not None:
-            self.predict(self.data.x_train[:1])  # a fraction of what it takes to trace a training step
+            self.predict(self.data.x_train[:1])  # much faster than tracing a training step
         else:
             self.trainer.build(*self._training_data())
         if weights is not None:
-            weights = path_argument("weights", weights)
             try:
-                with warnings.catch_warnings(action="error"):  # Keras only warns where a part of the file is left out
+                with warnings.catch_warnings(action="error"):  # Keras only warns if it ignores a part of the file
                     self.trainer.load_weights(weights)
             except (ValueError, OSError, UserWarning) as error:
                 reason = " ".join(str(error).split())[:300]
@@ -108,12 +110,17 @@ class Recipe:
 
 
 def module_name(recipe: Callable) -> str:
-    """The module as one would run it: under `python -m` it calls itself `__main__`."""
+    """The name that runs the recipe's module: under `python -m`, `__module__` is `__main__`."""
     spec = getattr(sys.modules.get(recipe.__module__), "__spec__", None)
     return spec.name if spec else recipe.__module__
 
 
+def full_name(recipe: Callable) -> str:
+    """The recipe as `python -m looplab` takes it."""
+    return f"{module_name(recipe)}:{recipe.__name__}"
+
+
 def defaults(recipe: Callable[..., Recipe]) -> dict[str, Any]:
-    """What the recipe's own arguments are where none is given."""
+    """The defaults of the recipe's arguments."""
     parameters = inspect.signature(recipe).parameters
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}

@@ -1,4 +1,4 @@
-"""How a recipe is run: from its arguments to all that a run leaves, and on from where one ended."""
+"""How a recipe is run: from its arguments to all files of the run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from looplab import checks
 from looplab.callbacks import shown, write_png
 from looplab.checkpoint.callbacks import config_of
 from looplab.checkpoint.policy import Checkpoint
-from looplab.cli import report
-from looplab.cli.folder import RUN_FILES, RunFolder
-from looplab.cli.make import check_weights, make, precision_policy
-from looplab.cli.recipe import Recipe, UsageError, defaults, module_name, path_argument
-from looplab.cli.resume import as_before, has_checkpoint, is_finished, not_json
-from looplab.data.named import Data
+from looplab.checkpoint.store import Store, steps_and_epochs
+from looplab.cli import files, report
+from looplab.cli.flags import to_options, to_words
+from looplab.cli.make import make, precision_policy
+from looplab.cli.recipe import Recipe, UsageError, defaults, full_name, usage_errors
+from looplab.paths import local_path
 from looplab.summaries.lock import no_other_run
 from looplab.warn import say
 
@@ -44,118 +45,84 @@ def run(
 
     Args:
         recipe: The recipe function.
-        seed: Of everything: the weights, the random numbers of steps, the order of the data; by default that of the
-            recipe function, or 0.
-        log_dir: Where to leave event files, checkpoints, `config.json`, `history.json`, `timings.json`,
+        seed: Of the weights, the random numbers of steps and the order of the data; by default that of the recipe
+            function, or 0.
+        log_dir: Folder for event files, checkpoints, `config.json`, `history.json`, `timings.json`,
             `model.weights.h5`, a report and pictures; by default that of the recipe function, or
             `logs/<module of the recipe>/<time>`.
-        resume: The `log_dir` of a run to go on with, to the same bits as if it had never ended. Its arguments are those
-            of its `config.json`: none needs to be given but objects that JSON cannot hold, and `epochs` may be more. A
-            finished run is left as it is.
+        resume: The `log_dir` of a run to resume, to the same bits as if it had not been interrupted. Its arguments are
+            restored; pass only objects that no flag can express. `epochs` may be larger. A finished run is left as it
+            is.
         weights: A `.weights.h5` file to start from.
         precision: Keras's policy for all layers: "float32", the default, "mixed_bfloat16", or "mixed_float16", which
             scales losses.
-        plot: A PNG file for the curves of loss and metrics, beside `curves.png` in `log_dir`.
+        plot: A PNG file for a copy of `curves.png`.
         verbose: As in `Trainer.fit`; with 0 the report is not printed either.
         options: The recipe function's own, and the `Trainer`'s.
     """
-    own = defaults(recipe)
-    if resume is None:
-        seed = own.get("seed") if seed is None else seed
-        log_dir = own.get("log_dir") if log_dir is None else log_dir
-    log_dir, resume, weights, plot = (
-        None if path is None else path_argument(name, path)
-        for name, path in {"log_dir": log_dir, "resume": resume, "weights": weights, "plot": plot}.items()
-    )
-    given = {"seed": seed, "weights": weights, "precision": precision, "log_dir": log_dir}
+    start = time.time()
+    given = {"seed": seed, "weights": None if weights is None else str(weights), "precision": precision}
     options |= {name: value for name, value in given.items() if value is not None}
+    with usage_errors():
+        folder, plot = _folder(recipe, log_dir, resume), None if plot is None else _plot(local_path("plot", plot))
+    asked, before = to_words(recipe, options), None
     if resume is not None:
-        options = as_before(recipe, resume, options)
-    arguments = {"seed": 0, "precision": "float32", "weights": None, **options}
-    seed, precision, weights = (arguments.pop(name) for name in ("seed", "precision", "weights"))
-    log_dir = arguments.pop("log_dir", None)
-    folder = RunFolder(resume or log_dir, _name(recipe))
-    goes_on = resume is not None and has_checkpoint(folder.path)  # else it begins anew, from its weights
-    _check_files(folder.path, weights if resume is None else None, plot, is_new=resume is None)
-    started = time.time()
-    with precision_policy(precision):
-        ready = make(recipe, seed, log_dir=folder.path, **arguments)
-        if resume is not None and is_finished(ready, folder):
-            say(f"looplab: the {ready.epochs} epochs of {folder.path} are done: it is left as it is.")
-            ready.build(folder.path / "model.weights.h5")
-            return ready
-        if weights is not None and not goes_on:
-            check_weights(weights)
-            ready.build(weights)
-        checks.positive(epochs=ready.epochs, batch_size=ready.batch_size)
-        config = {**own, **arguments, "seed": seed, "precision": precision, "weights": weights and str(weights)}
-        for name in ("epochs", "batch_size"):  # if the recipe chose them
-            config[name] = getattr(ready, name) if config.get(name) is None else config[name]
-
-        def start() -> None:
-            folder.write_config(_described(recipe, ready, config, own), recipe, ready.data)
-            ready.trainer.log_hparams(_flat(config))
-            if report.missing():
-                say("looplab: no report and no pictures: pip install 'looplab[report]' adds them.")
-            elif ready.predict:
-                _show_samples(ready, folder)
-
-        history, seconds = _train(ready, folder, start, started, plot, verbose, is_resumed=resume is not None)
-    if verbose != 0:
-        last = shown({name: values[-1] for name, values in history.items() if values})
-        values = ", ".join(f"{name}={value}" for name, value in last.items())
-        done = f"looplab: {ready.trainer.steps} steps in {seconds:.0f} s, all in {folder.path}"
-        say(f"{done}: {values}" if values else done)
-    return ready
-
-
-def _train(
-    ready: Recipe,
-    folder: RunFolder,
-    start: Callable[[], None],
-    started: float,
-    plot: Path | None,
-    verbose: int | str,
-    is_resumed: bool,
-) -> tuple[dict[str, list[float]], float]:
-    """Trains a recipe, and writes what a run leaves; its history, and how many seconds the run took."""
-    if verbose != 0:
-        logs = shlex.quote(str(folder.path.parent))
-        say(f"To watch it: tensorboard --logdir {logs} --samples_per_plugin scalars=999999999")
-    if not is_resumed:
-        start()  # before the step is traced, which takes long: the run can be resumed from here on
-        history = ready.fit(verbose).history
-    else:  # nothing is changed before `fit` has found that it can resume
-        callbacks = [_AtStart(start), *ready.callbacks]
-        history = dataclasses.replace(ready, callbacks=callbacks).fit(verbose, resume=True).history
-    ready.trainer.save_weights(folder.path / "model.weights.h5")
-    if not report.missing():
-        text = _report(ready, folder, history, plot)
-        if text and verbose != 0:
-            say(text)
-    seconds = folder.write_history(history, started, ready.trainer.steps)  # last: with it the run is finished
-    return history, seconds
+        before = files.read_config(recipe, folder)
+        kept = {name: words for name, words in before["asked"].items() if name not in options}
+        options = to_options(recipe, kept) | options
+        asked = before["asked"] | asked
+    arguments = {"seed": 0, "precision": "float32", "weights": None, **defaults(recipe), **options}
+    arguments["seed"] = arguments["seed"] or 0
+    arguments.pop("log_dir", None)  # the recipe's default
+    own = {name: value for name, value in options.items() if name not in ("seed", "precision", "weights")}
+    with precision_policy(arguments["precision"]):
+        made = make(recipe, arguments["seed"], log_dir=folder, **own)
+        for name in ("epochs", "batch_size"):  # the recipe may have chosen them
+            arguments[name] = getattr(made, name) if arguments.get(name) is None else arguments[name]
+        config = {
+            "recipe": full_name(recipe),
+            **arguments,
+            "optimizers": {path: config_of(optimizer) for path, optimizer in made.trainer.optimizers.items()},
+            "log_dir": folder,
+            "data_source": files.source_of(made.data),
+            "environment": files.environment(recipe),
+            "asked": asked,
+        }
+        process = _Process(made, folder, arguments, config, start)
+        if before is not None:
+            files.check_same(before, config, options, folder)
+            past = files.read_json(folder / files.TIMINGS)
+            if made.epochs <= past.get("finished_epochs", 0):
+                done = max(map(len, files.read_json(folder / files.HISTORY).values()), default=0)
+                say(f"looplab: {folder} already has {done} of {made.epochs} epochs: left as it is.")
+                made.build(folder / files.WEIGHTS)
+                return made
+            saved = Store(folder / "checkpoints", Checkpoint()).paths()
+            process.past_steps = steps_and_epochs(saved[0])[0] if saved else 0
+            process.past_seconds = past.get("total_seconds", 0.0)
+        if arguments["weights"] is not None and not process.past_steps:
+            made.build(arguments["weights"])
+        checks.positive(epochs=made.epochs, batch_size=made.batch_size)
+        process.run(plot, verbose, resumes=resume is not None)
+    return made
 
 
-def _described(
-    recipe: Callable[..., Recipe], ready: Recipe, config: dict[str, Any], own: dict[str, Any]
-) -> dict[str, Any]:
-    """What `config.json` says about a run's arguments.
-
-    Args:
-        recipe: The recipe function.
-        ready: What it returned.
-        config: All arguments.
-        own: The defaults of the recipe function.
-    """
-    chosen = {name: value for name, value in config.items() if value is not own.get(name, ...)}
-    return {
-        "recipe": f"{module_name(recipe)}:{recipe.__name__}",
-        **config,
-        "optimizers": {path: config_of(optimizer) for path, optimizer in ready.trainer.optimizers.items()},
-        "total_epochs": ready.epochs,
-        "not_json": not_json(recipe, chosen),
-    }
+def _folder(recipe: Callable[..., Recipe], log_dir: str | Path | None, resume: str | Path | None) -> Path:
+    """The folder of the run; raises an error if a new run has that of another one."""
+    given = None if log_dir is None else local_path("log_dir", log_dir)
+    if resume is not None:
+        folder = local_path("resume", resume)
+        if given is not None and given.resolve() != folder.resolve():
+            raise UsageError(f"`log_dir` {given} differs from `resume` {folder}, the folder of the run. Leave it out.")
+        return folder
+    parent, now = Path("logs") / _name(recipe), time.strftime("%Y%m%d-%H%M%S")
+    names = [now, *(f"{now}-{number}" for number in range(2, 100))]
+    new = next(parent / name for name in names if not (parent / name).exists())
+    folder = given or local_path("log_dir", defaults(recipe).get("log_dir") or new)
+    no_other_run(folder)
+    if left := [name for name in files.RUN_FILES if (folder / name).exists()]:
+        raise UsageError(f"`log_dir` {folder} has the {', '.join(left)} of another run. Pass a new folder, or move it.")
+    return folder
 
 
 def _name(recipe: Callable[..., Recipe]) -> str:
@@ -166,75 +133,112 @@ def _name(recipe: Callable[..., Recipe]) -> str:
     return file.parent.name if file.stem == "__main__" else file.stem
 
 
-class _AtStart(keras.callbacks.Callback):
-    """Calls a function when training starts."""
-
-    stateless = True
-
-    def __init__(self, start: Callable[[], None]):
-        super().__init__()
-        self._start = start
-
-    def on_train_begin(self, logs=None):
-        self._start()
+def _plot(path: Path) -> Path:
+    """The path, if a picture can be written there."""
+    if report.missing():
+        raise UsageError("`plot` needs matplotlib and scikit-learn: pip install 'looplab[report]'.")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.suffix != ".png" or path.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"`plot` must be a file whose name ends in .png, in a writable folder; got {path}.")
+    return path
 
 
-def _show_samples(ready: Recipe, folder: RunFolder) -> None:
-    """Some training images with their labels: whoever looks at them sees what is learned from."""
-    assert ready.data is not None
-    picture = report.draw_samples(ready.data.x_train, ready.data.y_train, ready.data.classes)
-    ready.trainer.log_image("samples", folder.write_picture("samples", picture)[None])
+@dataclasses.dataclass
+class _Process:
+    """One process of a run."""
 
+    made: Recipe
+    folder: Path
+    arguments: dict[str, Any]
+    config: dict[str, Any]
+    start: float
+    past_steps: int = 0
+    """The steps that earlier processes saved."""
+    past_seconds: float = 0.0
+    """The time that they took, apart from those that were killed."""
+    is_started: bool = False
 
-def _report(ready: Recipe, folder: RunFolder, history: dict[str, list[float]], plot: str | Path | None) -> str:
-    """What the run came to: curves, and for a classifier how it does on the test images, of which it returns a text."""
-    curves = folder.write_picture("curves", report.draw_curves(history))
-    text = ""
-    if ready.predict is not None and ready.data is not None:
-        probabilities = np.asarray(ready.predict(ready.data.x_test))
-        if np.isfinite(probabilities).all():
-            made = folder.write_report(ready.data.y_test, probabilities, ready.data.classes)
-            picture = report.draw_confusion(made.confusion, ready.data.classes)
-            ready.trainer.log_image("confusion_matrix", folder.write_picture("confusion_matrix", picture)[None])
-            text = made.text
-        else:
-            say("looplab: no report: not all predictions are finite numbers. The training has diverged.")
-    if plot is not None:
-        write_png(Path(plot), curves)
-    return text
-
-
-def _check_files(folder: Path, weights: str | Path | None, plot: str | Path | None, is_new: bool) -> None:
-    """The log folder is free, or there is its run; the weights are there, and the curves can be drawn."""
-    if is_new:
+    def run(self, plot: Path | None, verbose: int | str, resumes: bool) -> None:
+        """Trains, and writes all files of the run."""
+        if verbose != 0:
+            logs = shlex.quote(str(self.folder.parent))
+            say(f"To watch it: tensorboard --logdir {logs} --samples_per_plugin scalars=999999999")
         try:
-            no_other_run(folder)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        if left := [name for name in RUN_FILES if (folder / name).exists()]:
-            raise UsageError(
-                f"`log_dir` {folder} has the {', '.join(left)} of another run. Pass a new folder, or move it."
-            )
-    _check_writable("log_dir", folder)
-    if weights is not None:
-        check_weights(weights)
-    if plot is not None:
+            history = self._fit(verbose, resumes)
+            self.made.trainer.save_weights(self.folder / files.WEIGHTS)
+            text = "" if report.missing() else self._write_report(history, plot)
+            files.write_json(self.folder / files.HISTORY, history)
+        except BaseException:
+            if self.is_started:
+                self._write_timings(finished_epochs=0)
+            raise
+        timings = self._write_timings(self.made.epochs)
+        if verbose != 0:
+            total = f" of {timings['total_steps']}" if self.past_steps else ""
+            done = f"looplab: {timings['steps']}{total} steps in {timings['seconds']:.0f} s, all files in {self.folder}"
+            last = shown({name: values[-1] for name, values in history.items() if values})
+            values = ", ".join(f"{name}={value}" for name, value in last.items())
+            say((f"{text}\n" if text else "") + (f"{done}: {values}" if values else done))
+
+    def _fit(self, verbose: int | str, resumes: bool) -> dict[str, list[float]]:
+        """Trains, and returns the history."""
+        if not resumes:
+            self._start()  # before the step is traced, which takes long: from here on, the run can be resumed
+            return self.made.fit(verbose).history
+        # `fit` may still refuse to resume; nothing is changed before it calls this callback.
+        at_start = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: self._start())
+        at_start.stateless = True
+        recipe = dataclasses.replace(self.made, callbacks=[at_start, *self.made.callbacks])
+        return recipe.fit(verbose, resume=True).history
+
+    def _start(self) -> None:
+        """Writes what is known before the training, and hyperparameters and some images to TensorBoard."""
+        made = self.made
+        self.is_started = True
+        self._write_timings(finished_epochs=0)
+        files.write_json(self.folder / files.CONFIG, self.config)
+        hparams: dict[str, Any] = {}
+        for name, value in self.arguments.items():
+            hparams |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
+        made.trainer.log_hparams(hparams)
         if report.missing():
-            raise UsageError("`plot` needs matplotlib and scikit-learn: pip install 'looplab[report]'.")
-        if not str(plot).endswith(".png") or Path(plot).is_dir():
-            raise UsageError(f"`plot` must be a file whose name ends in .png; got {plot}.")
-        _check_writable("plot", Path(plot))
+            say("looplab: no report and no pictures: pip install 'looplab[report]' adds them.")
+        elif made.predict is not None and made.data is not None:
+            self._write_picture("samples", report.draw_samples(made.data.x_train, made.data.y_train, made.data.classes))
 
+    def _write_report(self, history: dict[str, list[float]], plot: Path | None) -> str:
+        """Draws the curves and, for a classifier, writes its report on the test images, whose text it returns."""
+        made, curves = self.made, report.draw_curves(history)
+        for path in [self.folder / "curves.png", *([plot] if plot else [])]:
+            write_png(path, curves)
+        if made.predict is None or made.data is None:
+            return ""
+        probabilities = np.asarray(made.predict(made.data.x_test))
+        if not np.isfinite(probabilities).all():
+            say("looplab: no report: some predictions are not finite. The training has diverged.")
+            return ""
+        result = report.classification(made.data.y_test, probabilities, made.data.classes)
+        (self.folder / "report.txt").write_text(f"{result.text}\n", "utf-8")
+        files.write_json(self.folder / "report.json", result.figures)
+        self._write_picture("confusion_matrix", report.draw_confusion(result.confusion, made.data.classes))
+        return result.text
 
-def _check_writable(argument: str, path: Path) -> None:
-    """The path, or the nearest folder above it that exists, can be written to."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not (existing.is_dir() or argument == "plot") or not os.access(existing, os.W_OK):
-        raise UsageError(f"`{argument}` {path} cannot be made: {existing} is no folder, or not writable.")
+    def _write_picture(self, name: str, picture: np.ndarray) -> None:
+        """Writes a picture to the folder and to TensorBoard."""
+        write_png(self.folder / f"{name}.png", picture)
+        self.made.trainer.log_image(name, picture[None])
 
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments as one level of hyperparameters: what belongs to a group stands for itself."""
-    groups = {name: dataclasses.asdict(v) for name, v in config.items() if isinstance(v, (Data, Checkpoint))}
-    flat = {name: value for name, value in config.items() if name not in groups}
-    return {**flat, **{name: value for group in groups.values() for name, value in group.items()}}
+    def _write_timings(self, finished_epochs: int) -> dict[str, Any]:
+        """Writes what depends on the clock; with `finished_epochs`, the run has trained so many, and is finished."""
+        seconds = time.time() - self.start
+        steps = max(self.made.trainer.steps - self.past_steps, 0)  # before it has restored them, a trainer has none
+        timings = {
+            "start": datetime.fromtimestamp(self.start),
+            "seconds": seconds,
+            "steps": steps,
+            "total_seconds": self.past_seconds + seconds,
+            "total_steps": self.past_steps + steps,
+            "finished_epochs": finished_epochs,
+        }
+        files.write_json(self.folder / files.TIMINGS, timings)
+        return timings

@@ -145,6 +145,8 @@ class Resume:
             say(f"looplab: training stopped {reached}: {outcome}")
         elif self.is_complete:
             say(f"looplab: {then.state.epoch} epochs are done, and `epochs` is {epochs}: nothing to train.")
+        else:
+            say(f"looplab: resuming at step {then.state.steps + 1} (epoch {then.state.epoch + 1})")
 
     def skip(self, train: Batches) -> keras.callbacks.History:
         """Restores the newest state of a run that has completed this call; returns the history of the call."""

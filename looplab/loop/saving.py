@@ -9,6 +9,7 @@ import numbers
 import shlex
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -21,6 +22,9 @@ from looplab.loop.guard import Fault
 from looplab.loop.interrupts import Interrupted, Interrupts
 from looplab.loop.resume import Resume
 from looplab.warn import say
+
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")
+"""The command that runs the recipe that trains, if it is run by one."""
 
 
 class Saving:
@@ -81,11 +85,9 @@ class Saving:
             if self.has_news:
                 self.save()
             self._store.wait()
-            say(
-                f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {log_dir}. To resume: "
-                f"`fit(..., resume=True)`, or --resume {shlex.quote(str(log_dir))} on a recipe's command line.",
-                sys.stderr,
-            )
+            saved = f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {log_dir}."
+            command = f"{COMMAND.get()} --resume {shlex.quote(str(log_dir))}"
+            say(f"\n{saved} To resume: {command if COMMAND.get() else '`fit(..., resume=True)`'}", sys.stderr)
             raise
         except Fault as fault:
             self.save()
