@@ -86,10 +86,13 @@ def restore(callbacks: Callbacks, saved: Attributes, checkpoint: Path) -> None:
 
 def settings(callbacks: Callbacks) -> dict[str, dict[str, str]]:
     """The arguments that each callback was created with, in words, if it keeps them under their names."""
-    return {
-        key: {n: in_words(v) for n, v in vars(callback).items() if n in _arguments(callback) and is_plain(v)}
-        for key, callback in by_key(callbacks).items()
-    }
+    found = {}
+    for key, callback in by_key(callbacks).items():
+        values = {n: v for n, v in vars(callback).items() if n in _arguments(callback) and is_plain(v)}
+        if hasattr(callback, "monitor_op") and "min_delta" in values:
+            values["min_delta"] = abs(values["min_delta"])  # Keras changes its sign: see `attributes`
+        found[key] = {name: in_words(value) for name, value in values.items()}
+    return found
 
 
 def _arguments(callback: keras.callbacks.Callback) -> set[str]:
