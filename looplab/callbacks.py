@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
+from looplab import checks
 from looplab.warn import say
 
 __all__ = ["EpochLine", "Pictures", "ProgressBar", "tile", "write_png"]
@@ -138,9 +139,7 @@ def shown(logs: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{logs[name]:.4g}" for name in names}
 
 
-def with_bar(
-    trainer: Any, callbacks: Sequence[keras.callbacks.Callback], steps: int | None, verbose: int | str
-) -> keras.callbacks.CallbackList:
+def with_bar(trainer: Any, callbacks: Any, steps: int | None, verbose: int | str) -> keras.callbacks.CallbackList:
     """The callbacks of an evaluation or a prediction, with a progress bar unless `verbose` is 0."""
     bar = [ProgressBar()] if verbose else []
-    return keras.callbacks.CallbackList([*callbacks, *bar], model=trainer, steps=steps)
+    return keras.callbacks.CallbackList([*checks.callbacks(callbacks), *bar], model=trainer, steps=steps)

@@ -38,6 +38,14 @@ def positive(**arguments: Any) -> list[Any]:
     return [None if value is None else whole(1, name, value) for name, value in arguments.items()]
 
 
+def limited(value: int | None, name: str, most: int | None) -> int | None:
+    """`value`, or Keras's limit for it if that is lower: see `keras.config.set_max_epochs`."""
+    if most is None or (value is not None and value <= most):
+        return value
+    warn(f"`{name}` is limited to {most} by `keras.config`.")
+    return most
+
+
 def validation_freq(value: Any) -> int | list[int]:
     """A number of epochs, or the epochs after which to validate, as Python ints."""
     if isinstance(value, set) or np.ndim(value):

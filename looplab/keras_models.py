@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from looplab import compat
 
@@ -24,8 +26,12 @@ def overrides(model: Any, name: str) -> bool:
 
 
 def own_method(model: Any, name: str) -> Callable[..., Any] | None:
-    """The model's own method, if its class overrides that of `keras.Model`."""
-    return getattr(model, name) if overrides(model, name) else None
+    """The model's own method, if its class overrides that of `keras.Model`; of a `tf.function`, what it decorates."""
+    if not overrides(model, name):
+        return None
+    method = getattr(type(model), name)
+    is_traced = isinstance(method, tf.types.experimental.PolymorphicFunction)
+    return types.MethodType(method.python_function, model) if is_traced else getattr(model, name)
 
 
 def compiled_with(model: Any) -> dict[str, Any]:

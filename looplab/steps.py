@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from looplab import checks
+from looplab import checks, keras_names
 from looplab.keras_models import own_method
 from looplab.loop import context, step_checks
 from looplab.loop.engine import Engine
@@ -45,7 +45,7 @@ class Steps:
         x, y, sample_weight = step_checks.parts(batch)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            loss = self.compute_loss(x, y, y_pred, sample_weight)
+            loss = _with_training(self.compute_loss, x, y, y_pred, sample_weight, training=True)
         self.minimize(tape, loss)
         return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
 
@@ -55,7 +55,7 @@ class Steps:
             return own(batch)
         x, y, sample_weight = step_checks.parts(batch)
         y_pred = self(x, training=False)
-        loss = self.compute_loss(x, y, y_pred, sample_weight)
+        loss = _with_training(self.compute_loss, x, y, y_pred, sample_weight, training=False)
         return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
 
     def predict_step(self, batch: Any) -> Any:
@@ -67,22 +67,28 @@ class Steps:
 
     def __call__(self, x: Any, training: bool = False) -> Any:
         """Calls the model, with `training` if it takes that argument."""
+        call = self.model
         if self.model is None:
+            call = inspect.getattr_static(self, "call", None) and self.call  # as in a subclass of `keras.Model`
+        if call is None:
             step = context.current()
             missing = "the steps that call it" if step is None else f"`{step.kind}_step`"
             raise ValueError(f"`{type(self).__name__}` has no `model`: pass one, or override {missing}.")
-        takes_training = isinstance(self.model, keras.Layer) or "training" in inspect.signature(self.model).parameters
-        with step_checks.inputs(x, self.model):
-            return self.model(x, training=training) if takes_training else self.model(x)
+        function = call.call if isinstance(call, keras.Layer) else call
+        takes_training = "training" in inspect.signature(function).parameters
+        with step_checks.inputs(x, call):
+            return call(x, training=training) if takes_training else call(x)
 
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> tf.Tensor:
         """The loss of a batch, a scalar: that of the targets, and everything that earlier model calls added to it.
 
         TensorBoard shows each part as `batch_loss/<part>`: the loss function's name, the path of each layer that called
         `add_loss` (with `_2` for its second call in this step), and `regularization`.
         """
         if own := own_method(self.model, "compute_loss"):
-            return own(x, y, y_pred, sample_weight)
+            return _with_training(own, x, y, y_pred, sample_weight, training=training)
         step, objective = _running(self._looplab), self._looplab.runner.objective
         losses = step.ledger.take(self.trainable_variables)
         if objective.loss is not None:
@@ -255,9 +261,16 @@ class Steps:
             raise AttributeError(
                 f"`{type(self).__name__}.__init__` must call `super().__init__(...)` before `{name}` is used."
             )
-        if name == "compile":
-            raise AttributeError("A trainer has no `compile`: pass optimizer, loss and metrics to its constructor.")
-        return object.__getattribute__(self, name)  # raises what a property raised
+        if any(name in vars(kind) for kind in type(self).__mro__):
+            return object.__getattribute__(self, name)  # raises what a property raised
+        return keras_names.find(self, self._looplab, name)
+
+
+def _with_training(compute_loss: Callable[..., Any], *arguments: Any, training: bool) -> Any:
+    """Calls a `compute_loss`, which may have been written before Keras gave it the argument `training`."""
+    parameters = inspect.signature(compute_loss).parameters.values()
+    takes_training = any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return compute_loss(*arguments, **({"training": training} if takes_training else {}))
 
 
 def _running(engine: Engine) -> context.Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,17 +13,15 @@ import tensorflow as tf
 from looplab import checks
 from looplab.callbacks import with_bar
 from looplab.checkpoint.policy import Checkpoint
-from looplab.data.arrays import held_out, is_arrays
 from looplab.keras_models import execution_of
-from looplab.loop.engine import Engine, joined
-from looplab.loop.fit import Fit
+from looplab.loop.engine import Engine
+from looplab.loop.fit import fit
 from looplab.loop.guard import Fault
-from looplab.loop.resume import Resume, restore
-from looplab.loop.weights import ClassWeights
+from looplab.loop.on_batch import OnBatch
+from looplab.loop.outputs import as_asked, joined
+from looplab.loop.resume import restore
 from looplab.steps import Steps
 from looplab.variables import to_numpy
-
-Callbacks: TypeAlias = keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None
 
 
 class Trainer(Steps):
@@ -86,6 +84,7 @@ class Trainer(Steps):
         given = {"optimizer": optimizer, "loss": loss, "loss_weights": loss_weights, "metrics": metrics}
         given |= {"weighted_metrics": weighted_metrics, "auto_scale_loss": auto_scale_loss}
         self._looplab = Engine.of(self, {n: v for n, v in given.items() if v is not None}, log_dir, seed)
+        self._looplab.on_batch = OnBatch(self._looplab)
         self.optimizer = self._looplab.runner.objective.optimizer
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         """For the random numbers of a step."""
@@ -109,7 +108,7 @@ class Trainer(Steps):
         batch_size: int | None = None,
         epochs: int = 1,
         verbose: int | str = "auto",
-        callbacks: Callbacks = None,
+        callbacks: Any = None,
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool = True,
@@ -146,40 +145,26 @@ class Trainer(Steps):
             OSError: A checkpoint could not be written.
             SystemExit: SIGTERM or Ctrl-C arrived, and everything is saved; with status 143 or 130.
         """
-        batch_size, steps_per_epoch, validation_steps, validation_batch_size = checks.positive(
+        return fit(
+            self._looplab,
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
             batch_size=batch_size,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            initial_epoch=initial_epoch,
             steps_per_epoch=steps_per_epoch,
             validation_steps=validation_steps,
             validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+            resume=resume,
         )
-        epochs = checks.whole(1, "epochs", epochs)
-        initial_epoch = checks.whole(0, "initial_epoch", initial_epoch)
-        self.skip_nonfinite = checks.whole(0, "skip_nonfinite", self.skip_nonfinite)
-        validation_freq = checks.validation_freq(validation_freq)
-        checks.resume(resume, self.log_dir)
-        checks.learning_rates(self.optimizers)
-        given = checks.callbacks(callbacks)
-        engine = self._looplab
-        engine.runner.class_weights = ClassWeights.of(class_weight)
-        if validation_split and validation_data is None:
-            x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
-        with engine.folder.owned(resume):
-            found = Resume(engine, self.checkpoint, resume)
-            first = max(self.epochs, initial_epoch)
-            train = engine.batches(
-                "x", x, y, sample_weight, batch_size, shuffle=shuffle, steps=steps_per_epoch, training_from=first
-            )
-            validation = None
-            if validation_data is not None:
-                checks.test_step("validation_data", self)
-                parts = keras.utils.unpack_x_y_sample_weight(validation_data)
-                size = validation_batch_size or (batch_size if is_arrays(parts[0]) else None)
-                validation = engine.batches("validation_data", *parts, size, steps=validation_steps)
-            if found.is_skipped:
-                self.history = found.skip(train)
-                return self.history
-            data = train, validation, validation_freq
-            return Fit(engine, *data, given, initial_epoch, epochs, verbose, found).run()
 
     @checks.named
     def evaluate(
@@ -190,21 +175,23 @@ class Trainer(Steps):
         verbose: int | str = "auto",
         sample_weight: Any = None,
         steps: int | None = None,
-        callbacks: Callbacks = None,
-    ) -> dict[str, float]:
+        callbacks: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
         """Evaluates the data, which is given as to `fit`, with `test_step`; changes nothing.
 
         Returns:
-            The loss and each metric over all the data, by name.
+            The loss and each metric over all the data, by name; with `return_dict=False`, as a list in the order of
+            `keras.Model.evaluate`, or a number if there is only the loss.
         """
         batch_size, steps = checks.positive(batch_size=batch_size, steps=steps)
-        given = checks.callbacks(callbacks)
         checks.test_step("evaluate", self)
         batches = self._looplab.batches("x", x, y, sample_weight, batch_size, steps=steps)
         try:
-            return self._looplab.evaluate(batches, with_bar(self, given, batches.steps, verbose))[0]
+            values = self._looplab.evaluate(batches, with_bar(self, callbacks, batches.steps, verbose))[0]
         except Fault as fault:
             raise fault.error(self.steps, self.epochs, None) from None
+        return as_asked(values, self, return_dict)
 
     @checks.named
     def predict(
@@ -213,14 +200,35 @@ class Trainer(Steps):
         batch_size: int | None = None,
         verbose: int | str = "auto",
         steps: int | None = None,
-        callbacks: Callbacks = None,
+        callbacks: Any = None,
     ) -> Any:
         """The outputs of `predict_step` for all the data, as NumPy arrays; changes nothing."""
         batch_size, steps = checks.positive(batch_size=batch_size, steps=steps)
-        given = checks.callbacks(callbacks)
         batches = self._looplab.batches("x", x, batch_size=batch_size, steps=steps)
-        outputs = self._looplab.predict(batches, with_bar(self, given, batches.steps, verbose))
+        outputs = self._looplab.predict(batches, with_bar(self, callbacks, batches.steps, verbose))
         return tf.nest.map_structure(joined, *outputs)
+
+    @checks.named
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = True
+    ) -> Any:
+        """Runs `train_step` on one batch, for a loop of your own; takes and returns what `keras.Model` does.
+
+        The step is counted, guarded and written as in `fit`, and saved if `checkpoint.every` is in steps or seconds.
+        To continue such a loop in another process, call `build` and `restore`; `steps` is then where it was. The
+        values of the batch are returned by name, or with `return_dict=False` as a list or a number as in Keras.
+        """
+        values = self._looplab.on_batch.train((x, y, sample_weight), class_weight, self.checkpoint)
+        return as_asked(values, self, return_dict)
+
+    @checks.named
+    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = True) -> Any:
+        """Runs `test_step` on one batch, and changes nothing; returns what `train_on_batch` does."""
+        return as_asked(self._looplab.on_batch.test((x, y, sample_weight)), self, return_dict)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """The outputs of `predict_step` for one batch, as NumPy arrays; changes nothing."""
+        return self._looplab.on_batch.predict(x)
 
     @checks.named
     def restore(self, checkpoint: str | Path = "newest") -> None:

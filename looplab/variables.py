@@ -36,11 +36,17 @@ class Variables:
         """Each stateful object, once."""
         own = {name: value for name, value in vars(self._owner).items() if name != OURS}
         methods = {name: method for name, method in methods_of(self._owner).items() if name not in own}
-        return walk({"model": None, **self._roots, "adopted": self._adopted} | own | methods)
+        first = {"optimizer": None, "model": None}  # a compiled model has the same optimizer
+        return walk({**first, **self._roots, "adopted": self._adopted} | own | methods)
 
     def trainable(self) -> list[Any]:
         """The trainable variables of all models, in the order of the attributes."""
         return self._of_models("trainable_variables")
+
+    def not_trainable(self) -> list[Any]:
+        """The other variables of the models: seeds, and weights that are frozen or that gradients do not change."""
+        trainable = {id(variable) for variable in self.trainable()}
+        return [variable for variable in self._of_models("variables") if id(variable) not in trainable]
 
     def weights(self) -> list[Any]:
         """The weights of all models, without seeds, metrics and optimizers."""

@@ -59,13 +59,14 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
 
     Searches lists, tuples, dicts, `tf.Module`s, objects of users' classes, and functions (what they close over, and the
     globals that they use). A Keras layer or model counts as one object, because Keras knows what is inside; but the
-    `tf.Variable`s among the attributes of a layer, which Keras does not track, are found next to it.
+    `tf.Variable`s and optimizers among the attributes of a layer, which Keras does not track, are found next to it.
     """
     seen: set[int] = set()  # also the variables that Keras knows
 
     def visit(path: str, value: Any, is_own: bool, layer: keras.Layer | None = None) -> Iterator[Held]:
         is_variable, is_container = isinstance(value, VARIABLES), isinstance(value, (dict, list, tuple))
-        if id(value) in seen or (layer is not None and not is_variable and not is_container):
+        is_found = is_variable or is_container or isinstance(value, keras.Optimizer)
+        if id(value) in seen or (layer is not None and not is_found):
             return
         seen.add(id(value))
         if isinstance(value, _LEAVES):
@@ -77,7 +78,8 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
                 for index, inner in enumerate(all_layers(value)):
                     for name, attribute in vars(inner).items():
                         if not name.startswith("_self_"):
-                            yield from visit(f"{path}/{index}/{name}", attribute, True, inner)
+                            inside = f"{path}/{index}" if index else path
+                            yield from visit(f"{inside}/{name}", attribute, True, inner)
             return
         for name, inner in _members(value):
             yield from visit(f"{path}/{name}", inner, is_own and is_container, layer)

@@ -43,6 +43,8 @@ class Step:
         """How many examples this replica has; 1 where it may have none, because other replicas have some."""
         self.is_guarded = False
         """Whether `minimize` has checked the step's numbers."""
+        self.trains: Callable[[Any, Any], None] | None = None
+        """Called with each optimizer that the step applies, and the variables that it changes, before it does."""
         self.inspect: Callable[[Any, Any, Any, Any], tuple[Any, Any]] | None = None
         """Maps a Keras loss, its target, output and weight to the target and the weight that the loss gets."""
 
@@ -64,8 +66,8 @@ def running(step: Step) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Lets running steps record what Keras layers, metrics and losses do; other threads are not affected."""
-    with _layers, _metrics, _losses:
+    """Lets running steps record what layers, metrics, losses and optimizers do; other threads are not affected."""
+    with _layers, _metrics, _losses, _optimizers:
         yield
 
 
@@ -97,6 +99,18 @@ def _call_loss(call: Callable[..., Any], loss: Any, y_true: Any, y_pred: Any, sa
     return call(loss, y_true, y_pred, sample_weight)
 
 
+def _apply(apply: Callable[..., Any], optimizer: Any, gradients: Any, variables: Any = None, **options: Any) -> Any:
+    step = current()
+    if step is not None and step.trains is not None:
+        step.trains(optimizer, variables)
+        trains, step.trains = step.trains, None  # a `LossScaleOptimizer` applies another one
+        try:
+            return apply(optimizer, gradients, variables, **options)
+        finally:
+            step.trains = trains
+    return apply(optimizer, gradients, variables, **options)
+
+
 _layers = Hooks(keras.Layer, {"add_loss": _add_loss})
 _metrics = Hooks(
     keras.Metric,
@@ -104,3 +118,4 @@ _metrics = Hooks(
     subclasses=True,
 )
 _losses = Hooks(keras.Loss, {"__call__": _call_loss})
+_optimizers = Hooks(keras.Optimizer, {"apply": _apply}, subclasses=True)

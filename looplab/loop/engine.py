@@ -19,9 +19,10 @@ from looplab.loop.compiled import CallLogs
 from looplab.loop.errors import raise_own
 from looplab.loop.guard import Fault
 from looplab.loop.objective import Objective
+from looplab.loop.outputs import joined
 from looplab.loop.pace import Pace
 from looplab.loop.pass_metrics import PassMetrics
-from looplab.loop.step import Meaning, StepRunner
+from looplab.loop.step import StepRunner
 from looplab.loop.tracing import Tracer
 from looplab.loop.weights import examples
 from looplab.paths import local_path
@@ -32,6 +33,7 @@ from looplab.walk import overrides
 from looplab.warn import Warnings, warn
 
 T = TypeVar("T")
+_STOPS = {"train": "stop_training", "test": "stop_evaluating", "predict": "stop_predicting"}
 
 
 class Engine:
@@ -50,6 +52,8 @@ class Engine:
         self.folder = folder
         self.is_seeded = is_seeded
         self.tracer = Tracer(runner)
+        self.on_batch: Any = None
+        """Runs steps on single batches."""
         self.metrics = PassMetrics(runner)
 
     @classmethod
@@ -57,10 +61,16 @@ class Engine:
         """The engine of a trainer that gets these arguments; `given` are those of Keras's `compile`."""
         warnings = Warnings()
         objective = Objective(trainer.model, given, warnings)
-        runner = StepRunner(trainer, objective, Variables(trainer, {"metrics": objective.compiled}), warnings)
+        roots = {"metrics": objective.compiled} if objective.is_used else {}
+        runner = StepRunner(trainer, objective, Variables(trainer, roots), warnings)
         # Absolute, because the program may change its working directory.
         folder = RunFolder(None if log_dir is None else local_path("log_dir", log_dir).absolute())
-        state = RunState(random.randint(1, 10**9) if seed is None else seed)
+        if seed is None:  # as `random` would give it now; what the program draws later does not depend on the trainer
+            source = random.Random()
+            source.setstate(random.getstate())
+            state = RunState(source.randint(1, 10**9))
+        else:
+            state = RunState(seed)
         return cls(runner, state, folder, is_seeded=seed is not None)
 
     def batches(self, name: str, *data: Any, **options: Any) -> Batches:
@@ -115,21 +125,16 @@ class Engine:
                 step = self.tracer.compiled(kind, step.element_spec)
 
             started = time.time()
-            logs = self._call(kind, step, iterator, asked, progress)
+            logs, sound, stops = self.advance(kind, step, iterator, asked, progress, folder)
             pace.took(logs.done, time.time() - started)
-
-            # A step with a fault that ends the pass does not count, and no callback sees it.
-            progress.faults, stops = _faults_in_a_row(progress.faults, logs, self.runner.trainer.skip_nonfinite)
-            sound = logs.first(logs.done - 1) if stops else logs
-            self._count(kind, step, progress, sound, folder, started)
             if logs.outputs is not None:
-                outputs = tf.nest.map_structure(self._gathered, logs.outputs)
+                outputs = tf.nest.map_structure(self.gathered, logs.outputs)
                 logs = sound = logs._replace(outputs=take_outputs(logs.batch.get_value(), outputs))
             if hooks:
                 with self.metrics.visible(step, hooks):
-                    _end_batches(kind, hooks, step.meaning, sound, done, starts=asked > 1)
+                    _end_batches(kind, hooks, self.shown(step, sound), done, starts=asked > 1)
             if stops:
-                raise self._fault(kind, batches.name, progress, logs)
+                raise self.fault(kind, batches.name, progress, logs)
             skipped += int((logs.faults != 0).sum())
             progress.ended = logs.done < asked and not bool(logs.batch.has_value())
             if progress.ended and batches.steps is not None:
@@ -155,6 +160,7 @@ class Engine:
         step = self.tracer.compiled("test", batches.element_spec)
         with self.metrics.unchanged(step):
             self.metrics.reset(step.copies)
+            self.runner.trainer.stop_evaluating = False
             callbacks.on_test_begin()
             results, parts = self.run("test", batches, Progress(), callbacks, None, folder, before_call)
             with self.metrics.visible(step, callbacks.callbacks, results.get("loss")):
@@ -174,10 +180,34 @@ class Engine:
             return rows
 
         with self.metrics.unchanged(self.tracer.compiled("predict", batches.element_spec)):
+            self.runner.trainer.stop_predicting = False
             callbacks.on_predict_begin()
             self.run("predict", batches, Progress(), callbacks, take_outputs=take)
             callbacks.on_predict_end()
         return outputs
+
+    def advance(
+        self, kind: str, step: Any, iterator: Any, steps: int, progress: Progress, folder: str | None
+    ) -> tuple[CallLogs, CallLogs, bool]:
+        """Runs one graph call of up to `steps` steps, counts them, and writes their values.
+
+        Returns:
+            Its logs, those of the steps that count, and whether a fault in the last step ends the pass. Such a step
+            does not count, and no callback sees it.
+        """
+        started = time.time()
+        logs = self._call(kind, step, iterator, steps, progress)
+        progress.faults, stops = _faults_in_a_row(progress.faults, logs, self.runner.trainer.skip_nonfinite)
+        sound = logs.first(logs.done - 1) if stops else logs
+        self._count(kind, step, progress, sound, folder, started)
+        return logs, sound, stops
+
+    def shown(self, step: Any, logs: CallLogs) -> list[dict[str, Any]]:
+        """The values of each step that callbacks and users see."""
+        hidden = step.meaning.rates | step.meaning.parts
+        columns = {name: values.tolist() for name, values in _without(hidden, logs.scalars).items()}
+        outputs = {} if logs.outputs is None else {"outputs": logs.outputs}
+        return [{name: column[i] for name, column in columns.items()} | outputs for i in range(logs.done)]
 
     def _call(self, kind: str, step: Any, iterator: Any, asked: int, progress: Progress) -> CallLogs:
         """One graph call of up to `asked` steps."""
@@ -199,9 +229,8 @@ class Engine:
         """Whether a pass has reached its end."""
         if progress.ended or (batches.steps is not None and progress.batches >= batches.steps):
             return True
-        return (
-            kind == "train" and bool(self.runner.trainer.stop_training) and progress.batches > 0
-        )  # as in Keras, after a first call
+        stops = getattr(self.runner.trainer, _STOPS[kind], False)
+        return bool(stops) and progress.batches > 0  # as in Keras, after a first call
 
     def _pace(self, hooks: Sequence[keras.callbacks.Callback]) -> int | str:
         trainer = self.runner.trainer
@@ -228,15 +257,15 @@ class Engine:
         elif folder is not None:
             state.test_steps += logs.done
 
-    def _fault(self, kind: str, name: str, progress: Progress, logs: CallLogs) -> Fault:
+    def fault(self, kind: str, name: str, progress: Progress, logs: CallLogs) -> Fault:
         """The fault of the last step of a graph call."""
-        x, y, sample_weight = unpack(tf.nest.map_structure(self._gathered, logs.batch.get_value()))
+        x, y, sample_weight = unpack(tf.nest.map_structure(self.gathered, logs.batch.get_value()))
         losses = {name: float(values[-1]) for name, values in logs.scalars.items() if "loss" in name}
         code = int(logs.faults[-1])
         batch = {name: x, "y": y, "sample_weight": sample_weight}
         return Fault(code, self.runner.guard.message(code), kind, progress.batches + 1, batch, losses)
 
-    def _gathered(self, value: Any) -> Any:
+    def gathered(self, value: Any) -> Any:
         """The rows of all replicas, in order."""
         return joined(*self.runner.strategy.experimental_local_results(value))
 
@@ -254,13 +283,9 @@ def _begin_batch(kind: str, hooks: Sequence[Any], number: int) -> None:
         getattr(hook, f"on_{kind}_batch_begin")(number, {})
 
 
-def _end_batches(kind: str, hooks: Sequence[Any], meaning: Meaning, logs: CallLogs, first: int, starts: bool) -> None:
+def _end_batches(kind: str, hooks: Sequence[Any], shown: list[dict[str, Any]], first: int, starts: bool) -> None:
     """Calls the hooks for each step that a graph call ran, with the values of that step."""
-    columns = {name: v.tolist() for name, v in _without(meaning.rates | meaning.parts, logs.scalars).items()}
-    for index in range(logs.done):
-        values = {name: column[index] for name, column in columns.items()}
-        if logs.outputs is not None:
-            values["outputs"] = logs.outputs
+    for index, values in enumerate(shown):
         for hook in hooks:
             if starts:
                 getattr(hook, f"on_{kind}_batch_begin")(first + index, {})
@@ -270,16 +295,3 @@ def _end_batches(kind: str, hooks: Sequence[Any], meaning: Meaning, logs: CallLo
 def _without(names: Collection[str], values: Mapping[str, T]) -> dict[str, T]:
     """The values with other names."""
     return {name: value for name, value in values.items() if name not in names}
-
-
-def joined(*parts: Any) -> Any:
-    """The rows of all parts as one array, or as a `tf.RaggedTensor` if the parts have several lengths."""
-    shapes = [tuple(part.shape) for part in parts]
-    if len({shape[1:] for shape in shapes}) > 1 and not any(isinstance(part, tf.RaggedTensor) for part in parts):
-        if len({*map(len, shapes)}) > 1:
-            raise ValueError(f"`predict_step` must return outputs of one rank; got shapes {shapes[:5]}.")
-        lengths = [{*sizes} for sizes in zip(*shapes, strict=True)]
-        ragged = max(axis for axis, sizes in enumerate(lengths) if axis > 0 and len(sizes) > 1)
-        parts = tuple(tf.RaggedTensor.from_tensor(part, ragged_rank=ragged) for part in parts)
-    whole = tf.concat(parts, 0)
-    return whole.numpy() if isinstance(whole, tf.Tensor) else whole

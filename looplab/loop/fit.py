@@ -15,6 +15,7 @@ from looplab.callbacks import EpochLine, ProgressBar
 from looplab.checkpoint import callbacks as memory
 from looplab.checkpoint import histories
 from looplab.checkpoint.snapshot import Asked
+from looplab.data.arrays import held_out, is_arrays
 from looplab.data.batches import Batches
 from looplab.loop.engine import Engine
 from looplab.loop.graphs import changed_tables
@@ -23,6 +24,7 @@ from looplab.loop.metrics import lower_is_better
 from looplab.loop.resume import Resume
 from looplab.loop.saving import Saving
 from looplab.loop.step import LEARNING_RATE
+from looplab.loop.weights import ClassWeights
 from looplab.state import Progress
 from looplab.walk import overrides
 
@@ -183,3 +185,62 @@ class Fit:
 
 def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:
     return {f"epoch_{name}": value for name, value in logs.items()}
+
+
+def fit(
+    engine: Engine,
+    *,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    batch_size: Any,
+    epochs: Any,
+    verbose: Any,
+    callbacks: Any,
+    validation_split: Any,
+    validation_data: Any,
+    shuffle: Any,
+    class_weight: Any,
+    initial_epoch: Any,
+    steps_per_epoch: Any,
+    validation_steps: Any,
+    validation_batch_size: Any,
+    validation_freq: Any,
+    resume: Any,
+) -> keras.callbacks.History:
+    """Checks the arguments of `Trainer.fit`, and runs it or skips it."""
+    trainer, state = engine.runner.trainer, engine.state
+    batch_size, steps_per_epoch, validation_steps, validation_batch_size = checks.positive(
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        validation_steps=validation_steps,
+        validation_batch_size=validation_batch_size,
+    )
+    epochs = checks.limited(checks.whole(1, "epochs", epochs), "epochs", keras.config.max_epochs())
+    steps_per_epoch = checks.limited(steps_per_epoch, "steps_per_epoch", keras.config.max_steps_per_epoch())
+    initial_epoch = checks.whole(0, "initial_epoch", initial_epoch)
+    trainer.skip_nonfinite = checks.whole(0, "skip_nonfinite", trainer.skip_nonfinite)
+    validation_freq = checks.validation_freq(validation_freq)
+    checks.resume(resume, engine.folder.path)
+    checks.learning_rates(trainer.optimizers)
+    given = checks.callbacks(callbacks)
+    engine.runner.class_weights = ClassWeights.of(class_weight)
+    if validation_split and validation_data is None:
+        x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
+    with engine.folder.owned(resume):
+        found = Resume(engine, trainer.checkpoint, resume)
+        first = max(state.epochs, initial_epoch)
+        train = engine.batches(
+            "x", x, y, sample_weight, batch_size, shuffle=shuffle, steps=steps_per_epoch, training_from=first
+        )
+        validation = None
+        if validation_data is not None:
+            checks.test_step("validation_data", trainer)
+            parts = keras.utils.unpack_x_y_sample_weight(validation_data)
+            size = validation_batch_size or (batch_size if is_arrays(parts[0]) else None)
+            validation = engine.batches("validation_data", *parts, size, steps=validation_steps)
+        if found.is_skipped:
+            trainer.history = found.skip(train)
+            return trainer.history
+        data = train, validation, validation_freq
+        return Fit(engine, *data, given, initial_epoch, epochs, verbose, found).run()

@@ -54,6 +54,11 @@ class Objective:
         self.made_with = {"optimizer": settings_of(arguments["optimizer"]), "loss": settings_of(self.loss)}
         """The settings of the optimizer and the loss, in words."""
 
+    @property
+    def current_mean(self) -> keras.Metric:
+        """The mean of the loss that the compiled model has now: another one once it is compiled again."""
+        return compile_parts(self.compiled)[2]
+
     def follow(self) -> bool:
         """Uses what the model was compiled with since; returns whether it was."""
         if (self._loss, self._metrics, self.mean) == compile_parts(self.compiled):
@@ -67,6 +72,18 @@ class Objective:
         if not overrides(self.compiled, "compile"):
             self.compiled.compile(**compiled_with(self.compiled))
             self._loss, self._metrics, self.mean = compile_parts(self.compiled)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the trainer has a loss or metrics; a subclass may have its own."""
+        return self._loss is not None or self._metrics is not None
+
+    @property
+    def compiled_metrics(self) -> Any:
+        """Keras's `CompileMetrics` of `metrics` and `weighted_metrics`."""
+        if self._metrics is None:
+            raise AttributeError("`compiled_metrics`: the trainer has no `metrics`. Pass some to its constructor.")
+        return self._metrics
 
     @property
     def output_losses(self) -> dict[str, keras.Metric]:

@@ -13,6 +13,7 @@ from looplab.loop.graphs import Copies
 from looplab.loop.step import StepRunner
 from looplab.state import Progress
 from looplab.variables import of_each_replica, plain, to_numpy
+from looplab.walk import overrides
 
 
 class PassMetrics:
@@ -39,6 +40,14 @@ class PassMetrics:
                 copy = copies.of(part)
                 if copy is not None and value is not None:
                     copy.assign(value)
+
+    def reset_updated(self) -> None:
+        """Resets the metrics that training steps update, without searching for others."""
+        if overrides(self._runner.trainer, "reset_metrics"):
+            self._runner.trainer.reset_metrics()
+        else:
+            for metric in self._runner.batch_metrics.updated["train"]:
+                metric.reset_state()
 
     def results(self, kind: str, step: Any, progress: Progress) -> dict[str, float]:
         """The values of a pass: the results of metrics, and the means of everything else."""

@@ -39,7 +39,7 @@ class Resume:
 
     def __init__(self, engine: Engine, settings: Checkpoint | None, is_requested: bool):
         folder = engine.folder
-        self.store = Store((folder.path or Path()) / _FOLDER, None if folder.path is None else settings)
+        self.store = open_store(engine, settings)
         """Where the call saves."""
         self.is_requested = is_requested
         self.newest: Saved | None = None
@@ -50,8 +50,6 @@ class Resume:
         self.is_complete = False
         """Whether nothing is left to train, of a call that resumes; known after `check`."""
         self._engine = engine
-        if folder.path is not None:
-            self.store.clean()
         if not is_requested:
             return
         self.newest = self.store.newest()
@@ -169,6 +167,15 @@ class Resume:
         return history
 
 
+def open_store(engine: Engine, settings: Checkpoint | None) -> Store:
+    """The checkpoints of a trainer."""
+    path = engine.folder.path
+    store = Store((path or Path()) / _FOLDER, None if path is None else settings)
+    if path is not None:
+        store.clean()
+    return store
+
+
 def restore(engine: Engine, settings: Checkpoint | None, checkpoint: str | Path) -> None:
     """Restores all variables from the "newest" or "best" checkpoint, or from a checkpoint's folder.
 
@@ -181,6 +188,9 @@ def restore(engine: Engine, settings: Checkpoint | None, checkpoint: str | Path)
     variables = engine.runner.variables.by_path()
     snapshot.check(variables, saved)
     assign(variables, saved.snapshot.variables)
+    if checkpoint == "newest" and not engine.state.steps:
+        engine.state.replace_by(saved.snapshot.state)
+        engine.folder.resumed = saved.snapshot.files
 
 
 def _found(engine: Engine, settings: Checkpoint | None, checkpoint: str | Path) -> Saved:

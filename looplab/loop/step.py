@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from looplab.compat import trained_by
 from looplab.loop import context, plausible, step_checks
 from looplab.loop.graphs import creating_ahead
 from looplab.loop.guard import NO_ROWS, Guard
@@ -70,6 +71,7 @@ class StepRunner:
         """Of the running `fit`."""
         self.image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}, "predict": {}}
         """By kind of step and image name, how often an image is due."""
+        self._rates: dict[int, tf.Tensor] = {}  # of the running step, by the optimizer's identity
         self.minimized: dict[int, tuple[keras.Optimizer, list[Any]]] = {}
         """By identity, each optimizer that steps use, and the variables that it trains."""
 
@@ -83,8 +85,11 @@ class StepRunner:
             batch: This replica's part of it.
         """
         trainer, guard, metrics = self.trainer, self.guard, self.batch_metrics
-        rates = self._learning_rates() if kind == "train" else {}  # their values when the step uses them
         step = self.new_step(kind)
+        if kind == "train":  # their values when the step uses them
+            optimizers = self.variables.optimizers().values()
+            self._rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
+            step.trains = self.prepare
         assert step.metrics is not None
         with context.running(step):
             step.ledger.start(trainer.trainable_variables)
@@ -108,6 +113,7 @@ class StepRunner:
             # Keras's means of the loss of each output weigh a smaller last batch like any other.
             by_output = self.objective.output_losses.values()
             sources = {one.name: one.source for one in named if one.source and one.source.metric not in by_output}
+            rates = self._learning_rates() if kind == "train" else {}
             meaning = Meaning(sources, frozenset(rates), frozenset(parts))
             logs = StepLogs({**rates, **values}, step.images, guard.fault(), weight, meaning)
             metrics.reset()
@@ -123,8 +129,9 @@ class StepRunner:
         metrics = self.batch_metrics.step(kind, self.trainer.metrics)
         return context.Step(kind, self.guard, metrics, self.image_every[kind])
 
-    def prepare(self, optimizer: keras.Optimizer, variables: list[Any]) -> None:
-        """Builds an optimizer, and holds it and what it trains."""
+    def prepare(self, optimizer: keras.Optimizer, variables: Sequence[Any] | None) -> None:
+        """Builds an optimizer that a step applies, and holds it and what it trains."""
+        variables = list(trained_by(optimizer) if variables is None else variables)
         if not optimizer.built:
             with creating_ahead(), keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(variables)
@@ -155,8 +162,9 @@ class StepRunner:
         return [*named, *parts], [part.name for part in parts]
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:
-        """That of the trainer's `optimizer` as `learning_rate`, any other as `learning_rate/<path>`."""
+        """That of the trainer's `optimizer` as `learning_rate`, any other that steps use as `learning_rate/<path>`."""
         return {
-            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): tf.convert_to_tensor(optimizer.learning_rate)
+            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): self._rates[id(optimizer)]
             for path, optimizer in self.variables.optimizers().items()
+            if id(optimizer) in self._rates and (path == "optimizer" or id(optimizer) in self.minimized)
         }

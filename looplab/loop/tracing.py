@@ -23,8 +23,10 @@ from looplab.loop.step import StepRunner
 from looplab.walk import OURS
 from looplab.warn import warn
 
+_MOST_OUTDATED = 2  # traces that are kept in case that what they depend on changes back
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Trace:
     """A compiled step, and what it depends on."""
 
@@ -46,14 +48,34 @@ class Tracer:
         """Once it is true, the running step is the last one."""
         self._runner = runner
         self._traces: list[_Trace] = []
+        self._outdated: list[_Trace] = []
         self._lock = threading.RLock()
         self._signatures: dict[str, list[Any]] = {"train": [], "test": [], "predict": []}
         self._meanings: dict[str, Any] = {}  # by kind, what the scalars of the last trace are
+        self._recent: dict[str, _Trace] = {}  # by kind, the step that ran last on a single batch
+        self._layers: list[keras.Layer] = []
 
     @property
     def is_built(self) -> bool:
         """Whether the training step is traced, so that all variables exist."""
         return any(trace.key[0] == "train" for trace in self._traces)
+
+    def recent(self, kind: str, element_spec: Any) -> Any:
+        """As `compiled`, in less time if the trainer has the same attributes, and its layers are frozen as before."""
+        key = kind, self._runner.class_weights, element_spec
+        with self._lock:
+            seen, found = self._seen(), self._recent.get(kind)
+            if found is None or found.key != key or not _same(found.depends_on, seen):
+                compiled = self.compiled(kind, element_spec)
+                found = self._recent[kind] = _Trace(key, element_spec, compiled, self._seen())
+            return found.compiled
+
+    def _seen(self) -> list[Any]:
+        """What shows without a search that a trace may be outdated."""
+        trainer = self._runner.trainer
+        values = [value for name, value in vars(trainer).items() if name != OURS]
+        flags = [layer.trainable for layer in self._layers]
+        return [self._runner.objective.compiled.optimizer, self._runner.objective.current_mean, *values, *flags]
 
     def compiled(self, kind: str, element_spec: Any, eagerly: bool | None = None) -> Any:
         """The step for data of this signature; all variables that it needs exist afterwards.
@@ -71,7 +93,10 @@ class Tracer:
         key = kind, trainer.jit_compile, eagerly, class_weights
         with self._lock:
             depends_on = self._dependencies()
-            self._traces = [trace for trace in self._traces if _same(trace.depends_on, depends_on)]
+            all_traces = [*self._traces, *self._outdated]
+            self._traces = [trace for trace in all_traces if _same(trace.depends_on, depends_on)]
+            # A layer may be frozen in every other step.
+            self._outdated = [trace for trace in all_traces if trace not in self._traces][:_MOST_OUTDATED]
             for trace in self._traces:
                 if trace.key == key and trace.element_spec == element_spec:
                     return trace.compiled
@@ -137,10 +162,12 @@ class Tracer:
         """Everything that a user may replace or set between two calls of `fit`, and that a trace cannot follow."""
         runner = self._runner
         found: list[Any] = [runner.trainer.model, runner.objective.loss, runner.objective.mean]
+        self._layers = []
         for held in runner.variables.walk():
             found.append(held.thing)
             if isinstance(held.thing, keras.Layer):
                 for layer in all_layers(held.thing):
+                    self._layers.append(layer)
                     found += [layer, layer.trainable]
             elif isinstance(held.thing, (tf.Variable, keras.Variable)):
                 found.append(held.thing.trainable)

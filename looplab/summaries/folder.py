@@ -27,6 +27,8 @@ class RunFolder:
     def __init__(self, path: Path | None):
         self.path = path
         self.events = RunWriter(path)
+        self.resumed: dict[str, int] | None = None
+        """The sizes of the event files in a checkpoint from which the trainer continues with single steps."""
         self._is_taken = False
         self._waiting: list[tuple[Write, bool]] = []  # (write, if_resumed)
 

@@ -1,0 +1,30 @@
+"""What evaluations and predictions return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+
+def as_asked(values: dict[str, Any], trainer: Any, return_dict: bool) -> Any:
+    """The values of a batch or a pass as Keras returns them: by name, or in the order of the trainer's metrics."""
+    if return_dict:
+        return values
+    inner = [one for metric in trainer.metrics for one in getattr(metric, "metrics", [metric])]
+    order = [metric.name for metric in inner]
+    names = sorted(values, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return [values[name] for name in names] if len(names) > 1 else values[names[0]]
+
+
+def joined(*parts: Any) -> Any:
+    """The rows of all parts as one array, or as a `tf.RaggedTensor` if the parts have several lengths."""
+    shapes = [tuple(part.shape) for part in parts]
+    if len({shape[1:] for shape in shapes}) > 1 and not any(isinstance(part, tf.RaggedTensor) for part in parts):
+        if len({*map(len, shapes)}) > 1:
+            raise ValueError(f"`predict_step` must return outputs of one rank; got shapes {shapes[:5]}.")
+        lengths = [{*sizes} for sizes in zip(*shapes, strict=True)]
+        ragged = max(axis for axis, sizes in enumerate(lengths) if axis > 0 and len(sizes) > 1)
+        parts = tuple(tf.RaggedTensor.from_tensor(part, ragged_rank=ragged) for part in parts)
+    whole = tf.concat(parts, 0)
+    return whole.numpy() if isinstance(whole, tf.Tensor) else whole
