@@ -1,0 +1,96 @@
+"""Published Keras training steps end with the same weights and logs as in Keras's `fit`."""
+
+import functools
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import looplab
+from published import SYSTEMS
+
+EPOCHS = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_graph_rewrites():
+    """Turns Grappler off, which rearranges the operations of Keras's graph and of looplab's differently."""
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+
+
+def start():
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+    keras.random.uniform(())  # creates Keras's global generator, whose seed else depends on what is created before
+
+
+def values(weights):
+    by_path = {weight.path: keras.ops.convert_to_numpy(weight) for weight in weights}
+    assert len(by_path) == len(weights)
+    return by_path
+
+
+class BatchLogs(keras.callbacks.Callback):
+    """Keeps the logs of each batch of the last epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.logs = {"": [], "val_": []}
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.logs[""].append(dict(logs))
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.logs["val_"].append(dict(logs))
+
+
+def arguments(system):
+    # Only after the last epoch, because validation advances the random numbers of Keras's training.
+    return {"validation_data": system.data(), "validation_freq": EPOCHS} if system.is_validated else {}
+
+
+@functools.cache
+def keras_fit(system):
+    """The weights and the last logs of Keras's `fit`."""
+    start()
+    model = system.model()
+    model.jit_compile = False
+    batches = BatchLogs()
+    history = model.fit(system.data(), epochs=EPOCHS, verbose=0, callbacks=[batches], **arguments(system)).history
+    logs = {name: results[-1] for name, results in history.items()}
+    for name, (prefix, of_batches) in itertools.product(system.means, batches.logs.items()):
+        if of_batches and name in of_batches[0]:
+            logs[prefix + name] = np.mean([batch[name] for batch in of_batches])
+    return values(model.weights), logs
+
+
+def check(system, trainer):
+    history = trainer.fit(system.data(), epochs=EPOCHS, verbose=0, **arguments(system)).history
+    expected, logs = keras_fit(system)
+    weights = values(trainer.weights)
+    assert weights.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_allclose(weights[path], value, rtol=0, atol=system.tolerance, err_msg=path)
+    assert history.keys() == logs.keys()
+    for name, value in logs.items():
+        np.testing.assert_allclose(history[name][-1], value, rtol=1e-5, err_msg=name)
+
+
+systems = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+
+
+@systems
+def test_a_keras_model_is_used_as_it_is(system):
+    keras_fit(system)
+    start()
+    check(system, looplab.Trainer(system.model()))
+
+
+@systems
+def test_the_step_works_in_a_trainer(system):
+    keras_fit(system)
+    start()
+    check(system, system.trainer())
