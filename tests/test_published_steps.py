@@ -1,5 +1,6 @@
 """Published Keras training steps end with the same weights and logs as in Keras's `fit`."""
 
+import collections
 import functools
 import itertools
 
@@ -29,9 +30,11 @@ def start():
 
 
 def values(weights):
-    by_path = {weight.path: keras.ops.convert_to_numpy(weight) for weight in weights}
-    assert len(by_path) == len(weights)
-    return by_path
+    """The values by path, and by number where several networks have one path."""
+    by_path = collections.defaultdict(list)
+    for weight in weights:
+        by_path[weight.path].append(keras.ops.convert_to_numpy(weight))
+    return {(path, index): value for path, found in by_path.items() for index, value in enumerate(found)}
 
 
 class BatchLogs(keras.callbacks.Callback):
@@ -73,7 +76,7 @@ def check(system, trainer):
     weights = values(trainer.weights)
     assert weights.keys() == expected.keys()
     for path, value in expected.items():
-        np.testing.assert_allclose(weights[path], value, rtol=0, atol=system.tolerance, err_msg=path)
+        np.testing.assert_allclose(weights[path], value, rtol=0, atol=system.tolerance, err_msg=str(path))
     assert history.keys() == logs.keys()
     for name, value in logs.items():
         np.testing.assert_allclose(history[name][-1], value, rtol=1e-5, err_msg=name)

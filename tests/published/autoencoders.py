@@ -92,6 +92,7 @@ class VAETrainer(looplab.Trainer):
         self.reconstruction_loss_tracker = keras.metrics.Mean(name="reconstruction_loss")
         self.kl_loss_tracker = keras.metrics.Mean(name="kl_loss")
 
+    metrics = VAE.metrics
     train_step = VAE.train_step
 
 
@@ -180,6 +181,7 @@ class VQVAETrainer(looplab.Trainer):
         self.reconstruction_loss_tracker = keras.metrics.Mean(name="reconstruction_loss")
         self.vq_loss_tracker = keras.metrics.Mean(name="vq_loss")
 
+    metrics = VQVAE.metrics
     train_step = VQVAE.train_step
 
 
@@ -257,6 +259,7 @@ class RealNVPTrainer(looplab.Trainer):
         self.loss_tracker = keras.metrics.Mean(name="loss")
         self.layers_list = [coupling(index) for index in range(num_coupling_layers)]
 
+    metrics = RealNVP.metrics
     call = RealNVP.call
     log_loss = RealNVP.log_loss
     train_step = RealNVP.train_step

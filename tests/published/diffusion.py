@@ -26,7 +26,7 @@ class DDIM(keras.Model):
 
     def __init__(self):
         super().__init__()
-        self.normalizer = L.Normalization(axis=-1, mean=0.5, variance=1 / 12)
+        self.normalizer = L.Normalization()
         self.network = denoiser()
         self.ema_network = keras.models.clone_model(self.network)
 
@@ -75,6 +75,7 @@ class DDIM(keras.Model):
 
 def ddim():
     model = DDIM()
+    model.normalizer.adapt(pictures())
     optimizer = keras.optimizers.AdamW(learning_rate=1e-3, weight_decay=1e-4)
     model.compile(optimizer=optimizer, loss=keras.losses.mean_absolute_error)
     return model
@@ -83,12 +84,13 @@ def ddim():
 class DDIMTrainer(looplab.Trainer):
     def __init__(self, **options):
         super().__init__(**options)
-        self.normalizer = L.Normalization(axis=-1, mean=0.5, variance=1 / 12)
+        self.normalizer = L.Normalization()
         self.network = denoiser()
         self.ema_network = keras.models.clone_model(self.network)
         self.noise_loss_tracker = keras.metrics.Mean(name="n_loss")
         self.image_loss_tracker = keras.metrics.Mean(name="i_loss")
 
+    metrics = DDIM.metrics
     denoise = DDIM.denoise
     losses_of = DDIM.losses_of
     train_step = DDIM.train_step
@@ -97,7 +99,9 @@ class DDIMTrainer(looplab.Trainer):
 
 def ddim_trainer():
     optimizer = keras.optimizers.AdamW(learning_rate=1e-3, weight_decay=1e-4)
-    return DDIMTrainer(optimizer=optimizer, loss=keras.losses.mean_absolute_error)
+    trainer = DDIMTrainer(optimizer=optimizer, loss=keras.losses.mean_absolute_error)
+    trainer.normalizer.adapt(pictures())
+    return trainer
 
 
 def timed_denoiser():

@@ -110,6 +110,7 @@ class DCGANTrainer(looplab.Trainer):
         self.d_loss_metric = keras.metrics.Mean(name="d_loss")
         self.g_loss_metric = keras.metrics.Mean(name="g_loss")
 
+    metrics = DCGAN.metrics
     noise = DCGAN.noise
     train_step = DCGAN.train_step
 

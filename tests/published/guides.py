@@ -99,6 +99,7 @@ class OwnMetricsTrainer(looplab.Trainer):
         self.mae_metric = keras.metrics.MeanAbsoluteError(name="mae")
         self.loss_fn = keras.losses.MeanSquaredError()
 
+    metrics = OwnMetrics.metrics
     train_step = OwnMetrics.train_step
 
 

@@ -273,6 +273,7 @@ class GauGANTrainer(looplab.Trainer):
         self.discriminator_loss = keras.losses.Hinge()
         self.feature_matching_loss = keras.losses.MeanAbsoluteError()
 
+    metrics = GauGAN.metrics
     losses_of_generator = GauGAN.losses_of_generator
     loss_of_discriminator = GauGAN.loss_of_discriminator
     update_trackers = GauGAN.update_trackers
