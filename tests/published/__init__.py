@@ -4,9 +4,37 @@ Each is a compiled `keras.Model`, as a Keras user writes it, and a `looplab.Trai
 needs no change, the trainer takes it from the model: `train_step = DCGAN.train_step`.
 """
 
-from published import autoencoders, diffusion, gans, guides, translation
+from published import (
+    autoencoders,
+    contrastive,
+    diffusion,
+    gans,
+    guides,
+    patches,
+    sequences,
+    teachers,
+    translation,
+    twins,
+    vision,
+)
 from published.system import System
 
 __all__ = ["SYSTEMS", "System"]
 
-SYSTEMS = [*guides.SYSTEMS, *gans.SYSTEMS, *autoencoders.SYSTEMS, *translation.SYSTEMS, *diffusion.SYSTEMS]
+SYSTEMS = [
+    system
+    for module in (
+        guides,
+        gans,
+        translation,
+        autoencoders,
+        diffusion,
+        contrastive,
+        twins,
+        teachers,
+        sequences,
+        vision,
+        patches,
+    )
+    for system in module.SYSTEMS
+]

@@ -96,8 +96,8 @@ class VAETrainer(looplab.Trainer):
     train_step = VAE.train_step
 
 
-def vae_trainer():
-    return VAETrainer(encoder(), decoder(), optimizer=keras.optimizers.Adam())
+def vae_trainer(**options):
+    return VAETrainer(encoder(), decoder(), optimizer=keras.optimizers.Adam(), **options)
 
 
 class VectorQuantizer(L.Layer):
@@ -185,8 +185,8 @@ class VQVAETrainer(looplab.Trainer):
     train_step = VQVAE.train_step
 
 
-def vq_vae_trainer():
-    return VQVAETrainer(0.1, quantizing_autoencoder(), optimizer=keras.optimizers.Adam())
+def vq_vae_trainer(**options):
+    return VQVAETrainer(0.1, quantizing_autoencoder(), optimizer=keras.optimizers.Adam(), **options)
 
 
 def coupling(index):
@@ -266,8 +266,8 @@ class RealNVPTrainer(looplab.Trainer):
     test_step = RealNVP.test_step
 
 
-def real_nvp_trainer():
-    return RealNVPTrainer(4, optimizer=keras.optimizers.Adam(1e-4))
+def real_nvp_trainer(**options):
+    return RealNVPTrainer(4, optimizer=keras.optimizers.Adam(1e-4), **options)
 
 
 def moons():
@@ -279,5 +279,5 @@ PAGE = "https://keras.io/examples/generative/"
 SYSTEMS = [
     System("vae", PAGE + "vae/", vae, vae_trainer, pictures),
     System("vq_vae", PAGE + "vq_vae/", vq_vae, vq_vae_trainer, pictures),
-    System("real_nvp", PAGE + "real_nvp/", real_nvp, real_nvp_trainer, moons, is_validated=True),
+    System("real_nvp", PAGE + "real_nvp/", real_nvp, real_nvp_trainer, moons, validation=moons),
 ]

@@ -97,9 +97,9 @@ class DDIMTrainer(looplab.Trainer):
     test_step = DDIM.test_step
 
 
-def ddim_trainer():
+def ddim_trainer(**options):
     optimizer = keras.optimizers.AdamW(learning_rate=1e-3, weight_decay=1e-4)
-    trainer = DDIMTrainer(optimizer=optimizer, loss=keras.losses.mean_absolute_error)
+    trainer = DDIMTrainer(optimizer=optimizer, loss=keras.losses.mean_absolute_error, **options)
     trainer.normalizer.adapt(pictures())
     return trainer
 
@@ -164,14 +164,14 @@ class DDPMTrainer(looplab.Trainer):
     train_step = DDPM.train_step
 
 
-def ddpm_trainer():
+def ddpm_trainer(**options):
     networks, loss = timed_networks(), keras.losses.MeanSquaredError()
-    return DDPMTrainer(*networks, TIMESTEPS, optimizer=keras.optimizers.Adam(2e-4), loss=loss)
+    return DDPMTrainer(*networks, TIMESTEPS, optimizer=keras.optimizers.Adam(2e-4), loss=loss, **options)
 
 
 PAGE = "https://keras.io/examples/generative/"
 
 SYSTEMS = [
-    System("ddim", PAGE + "ddim/", ddim, ddim_trainer, pictures, is_validated=True),
+    System("ddim", PAGE + "ddim/", ddim, ddim_trainer, pictures, validation=pictures),
     System("ddpm", PAGE + "ddpm/", ddpm, ddpm_trainer, pictures, means=("loss",)),
 ]

@@ -115,8 +115,8 @@ class DCGANTrainer(looplab.Trainer):
     train_step = DCGAN.train_step
 
 
-def dcgan_trainer():
-    return DCGANTrainer(discriminator(), generator(), LATENT)
+def dcgan_trainer(**options):
+    return DCGANTrainer(discriminator(), generator(), LATENT, **options)
 
 
 class ConditionalGAN(DCGAN):
@@ -163,8 +163,8 @@ class ConditionalGANTrainer(DCGANTrainer):
     train_step = ConditionalGAN.train_step
 
 
-def conditional_gan_trainer():
-    return ConditionalGANTrainer(discriminator(1 + CLASSES), generator(LATENT + CLASSES), LATENT)
+def conditional_gan_trainer(**options):
+    return ConditionalGANTrainer(discriminator(1 + CLASSES), generator(LATENT + CLASSES), LATENT, **options)
 
 
 def labeled_pictures():
@@ -261,16 +261,14 @@ class WGANGPTrainer(looplab.Trainer):
     train_step = WGANGP.train_step
 
 
-def wgan_gp_trainer():
-    return WGANGPTrainer(discriminator(), generator(), LATENT)
+def wgan_gp_trainer(**options):
+    return WGANGPTrainer(discriminator(), generator(), LATENT, **options)
 
 
 PAGE = "https://keras.io/examples/generative/"
 
 SYSTEMS = [
     System("dcgan", PAGE + "dcgan_overriding_train_step/", dcgan, dcgan_trainer, pictures),
-    System(
-        "conditional_gan", PAGE + "conditional_gan/", conditional_gan, conditional_gan_trainer, labeled_pictures
-    ),
+    System("conditional_gan", PAGE + "conditional_gan/", conditional_gan, conditional_gan_trainer, labeled_pictures),
     System("wgan_gp", PAGE + "wgan_gp/", wgan_gp, wgan_gp_trainer, pictures, means=("d_loss", "g_loss")),
 ]

@@ -57,8 +57,8 @@ class SimpleTrainer(looplab.Trainer):
         return {"loss": loss, **self.compute_metrics(x, y, y_pred)}
 
 
-def simple_trainer():
-    return SimpleTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"])
+def simple_trainer(**options):
+    return SimpleTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"], **options)
 
 
 class OwnMetrics(keras.Model):
@@ -103,8 +103,8 @@ class OwnMetricsTrainer(looplab.Trainer):
     train_step = OwnMetrics.train_step
 
 
-def own_metrics_trainer():
-    return OwnMetricsTrainer(keras.Model(*layers()), optimizer="adam")
+def own_metrics_trainer(**options):
+    return OwnMetricsTrainer(keras.Model(*layers()), optimizer="adam", **options)
 
 
 class SampleWeights(keras.Model):
@@ -146,8 +146,8 @@ class SampleWeightsTrainer(looplab.Trainer):
         return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
 
 
-def sample_weights_trainer():
-    return SampleWeightsTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"])
+def sample_weights_trainer(**options):
+    return SampleWeightsTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"], **options)
 
 
 class OwnTestStep(keras.Model):
@@ -179,8 +179,8 @@ class OwnTestStepTrainer(looplab.Trainer):
         return {"loss": loss, **self.compute_metrics(x, y, y_pred)}
 
 
-def own_test_step_trainer():
-    return OwnTestStepTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"])
+def own_test_step_trainer(**options):
+    return OwnTestStepTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"], **options)
 
 
 class OwnLoss(keras.Model):
@@ -223,8 +223,8 @@ class OwnLossTrainer(looplab.Trainer):
         return {**results, "penalty": self.penalty_tracker.result(), "size": tf.reduce_mean(tf.abs(y_pred))}
 
 
-def own_loss_trainer():
-    return OwnLossTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"])
+def own_loss_trainer(**options):
+    return OwnLossTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"], **options)
 
 
 REFERENCE = "https://keras.io/api/models/model_training_apis/"
@@ -233,6 +233,6 @@ SYSTEMS = [
     System("fit_simple", GUIDE, simple, simple_trainer, points),
     System("fit_own_metrics", GUIDE, own_metrics, own_metrics_trainer, points),
     System("fit_sample_weight", GUIDE, sample_weights, sample_weights_trainer, weighted_points),
-    System("fit_test_step", GUIDE, own_test_step, own_test_step_trainer, points, is_validated=True),
-    System("own_loss", REFERENCE, own_loss, own_loss_trainer, points, is_validated=True, means=("size",)),
+    System("fit_test_step", GUIDE, own_test_step, own_test_step_trainer, points, validation=points),
+    System("own_loss", REFERENCE, own_loss, own_loss_trainer, points, validation=points, means=("size",)),
 ]

@@ -20,12 +20,12 @@ class System(NamedTuple):
     """The page that describes it."""
     model: Callable[[], keras.Model]
     """Creates the compiled Keras model."""
-    trainer: Callable[[], looplab.Trainer]
-    """Creates a trainer with the same step, networks and optimizers."""
+    trainer: Callable[..., looplab.Trainer]
+    """Creates a trainer with the same step, networks and optimizers, and these options."""
     data: Callable[[], tf.data.Dataset]
     """Creates the data of one epoch."""
-    is_validated: bool = False
-    """Whether it has a `test_step` of its own."""
+    validation: Callable[[], tf.data.Dataset] | None = None
+    """Creates the validation data, if a step of evaluation belongs to the system."""
     means: tuple[str, ...] = ()
     """The logs that are values of a batch, no metrics: Keras's epoch has the last one, looplab's has their mean."""
     tolerance: float = 0.0

@@ -126,8 +126,8 @@ class CycleGANTrainer(looplab.Trainer):
     train_step = CycleGAN.train_step
 
 
-def cyclegan_trainer():
-    return CycleGANTrainer(*cyclegan_networks())
+def cyclegan_trainer(**options):
+    return CycleGANTrainer(*cyclegan_networks(), **options)
 
 
 def pairs():
@@ -281,8 +281,8 @@ class GauGANTrainer(looplab.Trainer):
     test_step = GauGAN.test_step
 
 
-def gaugan_trainer():
-    return GauGANTrainer(image_encoder(), mask_generator(), feature_critic())
+def gaugan_trainer(**options):
+    return GauGANTrainer(image_encoder(), mask_generator(), feature_critic(), **options)
 
 
 def masked_images():
@@ -294,5 +294,5 @@ LOSSES = ("G_loss", "F_loss", "D_X_loss", "D_Y_loss")
 
 SYSTEMS = [
     System("cyclegan", PAGE + "cyclegan/", cyclegan, cyclegan_trainer, pairs, means=LOSSES),
-    System("gaugan", PAGE + "gaugan/", gaugan, gaugan_trainer, masked_images, is_validated=True),
+    System("gaugan", PAGE + "gaugan/", gaugan, gaugan_trainer, masked_images, validation=masked_images),
 ]
