@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from published import SYSTEMS
 
 import looplab
-from published import SYSTEMS
 
 EPOCHS = 3
 
@@ -79,8 +79,8 @@ def check(system, trainer):
     for path, value in expected.items():
         np.testing.assert_allclose(weights[path], value, rtol=0, atol=system.tolerance, err_msg=str(path))
     assert history.keys() == logs.keys()
-    for name, value in logs.items():
-        np.testing.assert_allclose(history[name][-1], value, rtol=1e-5, err_msg=name)
+    for name in logs.keys() - set(system.differing):
+        np.testing.assert_allclose(history[name][-1], logs[name], rtol=1e-5, err_msg=name)
 
 
 systems = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
@@ -90,7 +90,7 @@ systems = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.n
 def test_a_keras_model_is_used_as_it_is(system):
     keras_fit(system)
     start()
-    check(system, looplab.Trainer(system.model()))
+    check(system, looplab.Trainer(system.model(), seed=0))
 
 
 @systems

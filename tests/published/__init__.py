@@ -11,10 +11,10 @@ from published import (
     gans,
     guides,
     patches,
+    queues,
     sequences,
     teachers,
     translation,
-    twins,
     vision,
 )
 from published.system import System
@@ -30,11 +30,11 @@ SYSTEMS = [
         autoencoders,
         diffusion,
         contrastive,
-        twins,
         teachers,
         sequences,
         vision,
         patches,
+        queues,
     )
     for system in module.SYSTEMS
 ]

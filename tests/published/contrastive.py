@@ -1,4 +1,4 @@
-"""Networks that learn from pairs of views: with a linear probe, feature queues, a momentum encoder, and triplets."""
+"""Contrastive learning: the networks and data of several systems, and SimCLR with a linear probe."""
 
 import keras
 import tensorflow as tf
@@ -7,7 +7,7 @@ import looplab
 from published.system import System, batches, images, labels
 
 L = keras.layers
-SIZE, WIDTH, CLASSES, QUEUE = 8, 4, 3, 32
+SIZE, WIDTH, CLASSES = 8, 4, 3
 
 
 def augmenter(noise, name):
@@ -151,157 +151,13 @@ def simclr_trainer(**options):
     return SimCLRTrainer(*networks(), **options)
 
 
-def features_queue():
-    return keras.Variable(
-        tf.math.l2_normalize(keras.random.normal((QUEUE, WIDTH)), axis=1), trainable=False, name="feature_queue"
-    )
-
-
-class NNCLR(keras.Model):
-    """NNCLR: nearest neighbours from a queue of features; plain losses, three metrics of one name, `reset_metrics`."""
-
-    def __init__(self, contrastive_augmenter, classification_augmenter, encoder, projection_head, linear_probe):
-        super().__init__()
-        self.temperature = 0.1
-        self.contrastive_augmenter = contrastive_augmenter
-        self.classification_augmenter = classification_augmenter
-        self.encoder = encoder
-        self.projection_head = projection_head
-        self.linear_probe = linear_probe
-        self.feature_queue = features_queue()
-        self.probe_accuracy = keras.metrics.SparseCategoricalAccuracy()
-        self.correlation_accuracy = keras.metrics.SparseCategoricalAccuracy()
-        self.contrastive_accuracy = keras.metrics.SparseCategoricalAccuracy()
-
-    def compile(self, contrastive_optimizer, probe_optimizer, **kwargs):
-        super().compile(**kwargs)
-        self.contrastive_optimizer = contrastive_optimizer
-        self.probe_optimizer = probe_optimizer
-        self.probe_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-    def reset_metrics(self):
-        for metric in (self.probe_accuracy, self.correlation_accuracy, self.contrastive_accuracy):
-            metric.reset_state()
-
-    def nearest_neighbour(self, projections):
-        queue = tf.convert_to_tensor(self.feature_queue)
-        nearest = tf.gather(queue, tf.argmax(tf.matmul(projections, queue, transpose_b=True), axis=1))
-        return projections + tf.stop_gradient(nearest - projections)
-
-    def contrastive_loss(self, first, second):
-        first, second = tf.math.l2_normalize(first, axis=1), tf.math.l2_normalize(second, axis=1)
-        similarities = [
-            tf.matmul(self.nearest_neighbour(first), second, transpose_b=True),
-            tf.matmul(second, self.nearest_neighbour(first), transpose_b=True),
-            tf.matmul(self.nearest_neighbour(second), first, transpose_b=True),
-            tf.matmul(first, self.nearest_neighbour(second), transpose_b=True),
-        ]
-        count = tf.shape(first)[0]
-        targets, logits = tf.tile(tf.range(count), [4]), tf.concat(similarities, axis=0) / self.temperature
-        loss = keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)
-        self.feature_queue.assign(tf.concat([first, self.feature_queue[:-count]], axis=0))
-        return loss
-
-    def update_accuracies(self, first, second):
-        first, second = tf.math.l2_normalize(first, axis=1), tf.math.l2_normalize(second, axis=1)
-        similarities = tf.matmul(first, second, transpose_b=True)
-        targets = tf.tile(tf.range(tf.shape(first)[0]), [2])
-        logits = tf.concat([similarities, tf.transpose(similarities)], axis=0)
-        self.contrastive_accuracy.update_state(targets, logits)
-        correlation = tf.matmul(first, second, transpose_a=True)
-        targets = tf.tile(tf.range(tf.shape(correlation)[0]), [2])
-        logits = tf.concat([correlation, tf.transpose(correlation)], axis=0)
-        self.correlation_accuracy.update_state(targets, logits)
-
-    def train_step(self, data):
-        (unlabeled_images, _), (labeled_images, labels) = data
-        both = tf.concat((unlabeled_images, labeled_images), axis=0)
-        first, second = self.contrastive_augmenter(both), self.contrastive_augmenter(both)
-        with tf.GradientTape() as tape:
-            projections = self.projection_head(self.encoder(first)), self.projection_head(self.encoder(second))
-            contrastive_loss = self.contrastive_loss(*projections)
-        variables = self.encoder.trainable_weights + self.projection_head.trainable_weights
-        gradients = tape.gradient(contrastive_loss, variables)
-        self.contrastive_optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        self.update_accuracies(*projections)
-
-        preprocessed = self.classification_augmenter(labeled_images)
-        with tf.GradientTape() as tape:
-            logits = self.linear_probe(self.encoder(preprocessed))
-            probe_loss = self.probe_loss(labels, logits)
-        gradients = tape.gradient(probe_loss, self.linear_probe.trainable_weights)
-        self.probe_optimizer.apply_gradients(zip(gradients, self.linear_probe.trainable_weights, strict=True))
-        self.probe_accuracy.update_state(labels, logits)
-        return {
-            "c_loss": tf.reduce_mean(contrastive_loss),
-            "c_acc": self.contrastive_accuracy.result(),
-            "r_acc": self.correlation_accuracy.result(),
-            "p_loss": probe_loss,
-            "p_acc": self.probe_accuracy.result(),
-        }
-
-    def test_step(self, data):
-        images, labels = data
-        features = self.encoder(self.classification_augmenter(images, training=False), training=False)
-        logits = self.linear_probe(features, training=False)
-        self.probe_accuracy.update_state(labels, logits)
-        return {"p_loss": self.probe_loss(labels, logits), "p_acc": self.probe_accuracy.result()}
-
-
-def nnclr():
-    model = NNCLR(*networks())
-    model.compile(*optimizers())
-    return model
-
-
-class NNCLRTrainer(looplab.Trainer):
-    def __init__(
-        self, contrastive_augmenter, classification_augmenter, encoder, projection_head, linear_probe, **options
-    ):
-        super().__init__(**options)
-        self.temperature = 0.1
-        self.contrastive_augmenter = contrastive_augmenter
-        self.classification_augmenter = classification_augmenter
-        self.encoder = encoder
-        self.projection_head = projection_head
-        self.linear_probe = linear_probe
-        self.feature_queue = features_queue()
-        self.probe_accuracy = keras.metrics.SparseCategoricalAccuracy()
-        self.correlation_accuracy = keras.metrics.SparseCategoricalAccuracy()
-        self.contrastive_accuracy = keras.metrics.SparseCategoricalAccuracy()
-        self.contrastive_optimizer, self.probe_optimizer = optimizers()
-        self.probe_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-    reset_metrics = NNCLR.reset_metrics
-    nearest_neighbour = NNCLR.nearest_neighbour
-    contrastive_loss = NNCLR.contrastive_loss
-    update_accuracies = NNCLR.update_accuracies
-    train_step = NNCLR.train_step
-    test_step = NNCLR.test_step
-
-
-def nnclr_trainer(**options):
-    return NNCLRTrainer(*networks(), **options)
-
-
-PAGE = "https://keras.io/examples/vision/"
-
 SYSTEMS = [
     System(
         "simclr",
-        PAGE + "semisupervised_simclr/",
+        "https://keras.io/examples/vision/semisupervised_simclr/",
         simclr,
         simclr_trainer,
         labeled_and_unlabeled,
         validation=labeled,
-    ),
-    System(
-        "nnclr",
-        PAGE + "nnclr/",
-        nnclr,
-        nnclr_trainer,
-        labeled_and_unlabeled,
-        validation=labeled,
-        means=("c_loss", "p_loss"),
     ),
 ]

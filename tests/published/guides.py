@@ -184,7 +184,7 @@ def own_test_step_trainer(**options):
 
 
 class OwnLoss(keras.Model):
-    """The examples of `compute_loss` and `compute_metrics` in the API reference: both are overridden, the step is not."""
+    """The examples of `compute_loss` and `compute_metrics` in the API reference, with Keras's own step."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

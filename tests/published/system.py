@@ -28,10 +28,12 @@ class System(NamedTuple):
     """Creates the validation data, if a step of evaluation belongs to the system."""
     means: tuple[str, ...] = ()
     """The logs that are values of a batch, no metrics: Keras's epoch has the last one, looplab's has their mean."""
+    differing: tuple[str, ...] = ()
+    """The logs that differ from Keras's on purpose."""
     tolerance: float = 0.0
     """By how much the weights may differ from those of Keras's `fit`."""
     reason: str = ""
-    """Why they may differ."""
+    """Why logs or weights may differ."""
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

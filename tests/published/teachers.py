@@ -108,22 +108,19 @@ class SelfTrainer(keras.Model):
             total_loss = (student_loss + distillation_loss) / 2
         variables = self.student.trainable_variables
         self.optimizer.apply_gradients(zip(tape.gradient(total_loss, variables), variables, strict=True))
-        self.compiled_metrics.update_state(y_noisy, tf.nn.softmax(noisy, axis=1))
-        results = self.get_metrics_result()
-        results.update({"distillation_loss": distillation_loss, "total_loss": total_loss})
-        return results
+        return {**self.results(y_noisy, noisy), "distillation_loss": distillation_loss, "total_loss": total_loss}
 
     def test_step(self, data):
         x, y = data
-        self.compiled_metrics.update_state(y, tf.nn.softmax(self.student(x, training=False), axis=1))
-        return self.get_metrics_result()
+        return self.results(y, self.student(x, training=False))
 
-    def get_metrics_result(self):
-        """Without the compiled loss, which this step does not use."""
-        return {name: value for name, value in super().get_metrics_result().items() if name != "loss"}
+    def results(self, y, logits):
+        """The compiled metrics, without Keras's `loss`, which this step does not update."""
+        self.compiled_metrics.update_state(y, tf.nn.softmax(logits, axis=1))
+        return {name: value for name, value in self.get_metrics_result().items() if name != "loss"}
 
 
-def self_trainer(**options):
+def consistency():
     model = SelfTrainer(*networks(), **options)
     model.compile(
         optimizer=keras.optimizers.Adam(),
@@ -144,11 +141,12 @@ class SelfTrainerTrainer(looplab.Trainer):
         self.distillation_loss_fn = keras.losses.KLDivergence()
         self.temperature = temperature
 
+    results = SelfTrainer.results
     train_step = SelfTrainer.train_step
     test_step = SelfTrainer.test_step
 
 
-def self_trainer_trainer(**options):
+def consistency_trainer(**options):
     metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
     return SelfTrainerTrainer(*networks(), optimizer=keras.optimizers.Adam(), metrics=metrics, **options)
 
@@ -248,8 +246,8 @@ SYSTEMS = [
     System(
         "consistency_training",
         PAGE + "consistency_training/",
-        self_trainer,
-        self_trainer_trainer,
+        consistency,
+        consistency_trainer,
         clean_and_noisy,
         validation=digits,
         means=("distillation_loss", "total_loss"),

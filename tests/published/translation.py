@@ -168,7 +168,7 @@ def feature_critic():
 
 
 class GauGAN(keras.Model):
-    """GauGAN: hinge, feature and KL losses; the step freezes and unfreezes the discriminator; `test_step` is its own."""
+    """GauGAN: hinge, feature and KL losses; the step freezes and unfreezes the discriminator."""
 
     def __init__(self, encoder, generator, discriminator, feature_loss_coeff=10.0, kl_divergence_loss_coeff=0.1):
         super().__init__()

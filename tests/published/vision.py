@@ -1,4 +1,4 @@
-"""Vision systems with losses of their own: low light, and volume rendering."""
+"""Vision systems with losses of their own: low light, volume rendering, and triplets."""
 
 import keras
 import tensorflow as tf
@@ -204,6 +204,75 @@ def views():
     return batches((images(4, 4, CHANNELS), (images(RAYS * SAMPLES, FEATURES, seed=1), distances)))
 
 
+def siamese_network():
+    inputs = [keras.Input((SIZE, SIZE, CHANNELS), name=name) for name in ("anchor", "positive", "negative")]
+    layers = [L.Conv2D(4, 3, strides=2, activation="relu"), L.BatchNormalization(), L.Flatten(), L.Dense(4)]
+    embedding = keras.Sequential([keras.Input((SIZE, SIZE, CHANNELS)), *layers], name="embedding")
+    anchor, positive, negative = (embedding(image) for image in inputs)
+    distances = [keras.ops.sum((anchor - other) ** 2, axis=-1) for other in (positive, negative)]
+    return keras.Model(inputs, distances, name="siamese_network")
+
+
+class Siamese(keras.Model):
+    """The siamese network: a batch is three images, `call` returns two distances, the margin loss is a helper."""
+
+    def __init__(self, siamese_network, margin=0.5):
+        super().__init__()
+        self.siamese_network = siamese_network
+        self.margin = margin
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+
+    def call(self, inputs):
+        return self.siamese_network(inputs)
+
+    def _compute_loss(self, data):
+        positive_distance, negative_distance = self.siamese_network(data)
+        return tf.maximum(positive_distance - negative_distance + self.margin, 0.0)
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = self._compute_loss(data)
+        gradients = tape.gradient(loss, self.siamese_network.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.siamese_network.trainable_weights, strict=True))
+        self.loss_tracker.update_state(loss)
+        return {"loss": self.loss_tracker.result()}
+
+    def test_step(self, data):
+        self.loss_tracker.update_state(self._compute_loss(data))
+        return {"loss": self.loss_tracker.result()}
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker]
+
+
+def siamese():
+    model = Siamese(siamese_network())
+    model.compile(optimizer=keras.optimizers.Adam(1e-4))
+    return model
+
+
+class SiameseTrainer(looplab.Trainer):
+    def __init__(self, siamese_network, margin=0.5, **options):
+        super().__init__(**options)
+        self.siamese_network = siamese_network
+        self.margin = margin
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+
+    metrics = Siamese.metrics
+    _compute_loss = Siamese._compute_loss
+    train_step = Siamese.train_step
+    test_step = Siamese.test_step
+
+
+def siamese_trainer(**options):
+    return SiameseTrainer(siamese_network(), optimizer=keras.optimizers.Adam(1e-4), **options)
+
+
+def triplets():
+    return batches(tuple(images(SIZE, SIZE, CHANNELS, seed=seed) for seed in range(3)))
+
+
 SYSTEMS = [
     System(
         "zero_dce",
@@ -214,4 +283,12 @@ SYSTEMS = [
         validation=pictures,
     ),
     System("nerf", "https://keras.io/examples/vision/nerf/", nerf, nerf_trainer, views, validation=views),
+    System(
+        "siamese",
+        "https://keras.io/examples/vision/siamese_network/",
+        siamese,
+        siamese_trainer,
+        triplets,
+        validation=triplets,
+    ),
 ]
