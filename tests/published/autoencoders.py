@@ -246,7 +246,7 @@ class RealNVP(keras.Model):
 
 
 def real_nvp():
-    model = RealNVP(4)
+    model = RealNVP(2)
     model.compile(optimizer=keras.optimizers.Adam(1e-4))
     return model
 
@@ -267,7 +267,7 @@ class RealNVPTrainer(looplab.Trainer):
 
 
 def real_nvp_trainer(**options):
-    return RealNVPTrainer(4, optimizer=keras.optimizers.Adam(1e-4), **options)
+    return RealNVPTrainer(2, optimizer=keras.optimizers.Adam(1e-4), **options)
 
 
 def moons():

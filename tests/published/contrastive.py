@@ -21,7 +21,7 @@ def encoder(name="encoder"):
 
 
 def head(name="projection_head"):
-    return keras.Sequential([keras.Input((WIDTH,)), L.Dense(WIDTH, "relu"), L.Dense(WIDTH)], name=name)
+    return keras.Sequential([keras.Input((WIDTH,)), L.Dense(WIDTH)], name=name)
 
 
 def probe():

@@ -31,9 +31,8 @@ def generator(inputs=LATENT):
             keras.Input((inputs,)),
             L.Dense(4 * 4 * 2),
             L.Reshape((4, 4, 2)),
-            L.Conv2DTranspose(4, 4, strides=2, padding="same"),
             L.LeakyReLU(negative_slope=0.2),
-            L.Conv2D(1, 3, padding="same", activation="sigmoid"),
+            L.Conv2DTranspose(1, 4, strides=2, padding="same", activation="sigmoid"),
         ],
         name="generator",
     )

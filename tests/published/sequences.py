@@ -16,17 +16,16 @@ class Decoder(L.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.embedding = L.Embedding(WORDS, WIDTH)
-        self.self_attention = L.MultiHeadAttention(1, WIDTH)
-        self.cross_attention = L.MultiHeadAttention(1, WIDTH, dropout=0.1)
+        self.query = L.Dense(WIDTH)
+        self.attention = L.Attention(dropout=0.1)
         self.norm = L.LayerNormalization()
         self.out = L.Dense(WORDS)
         self.dropout = L.Dropout(0.3)
 
     def call(self, words, encoded, training=None, mask=None):
         x = self.embedding(words)
-        mask = None if mask is None else mask[:, None, :]
-        x += self.self_attention(x, x, attention_mask=mask, use_causal_mask=True, training=training)
-        x = self.norm(x + self.cross_attention(x, encoded, training=training))
+        x += self.attention([self.query(x), x], mask=[None, mask], use_causal_mask=True, training=training)
+        x = self.norm(x + self.attention([x, encoded], training=training))
         return self.out(self.dropout(x, training=training))
 
 

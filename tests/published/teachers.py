@@ -121,7 +121,7 @@ class SelfTrainer(keras.Model):
 
 
 def consistency():
-    model = SelfTrainer(*networks(), **options)
+    model = SelfTrainer(*networks())
     model.compile(
         optimizer=keras.optimizers.Adam(),
         metrics=["accuracy"],

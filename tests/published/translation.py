@@ -11,20 +11,12 @@ SIZE, CLASSES, LATENT = 8, 3, 4
 
 
 def translator(name):
-    return keras.Sequential(
-        [
-            keras.Input((SIZE, SIZE, 1)),
-            L.Conv2D(4, 3, padding="same"),
-            L.GroupNormalization(groups=1),
-            L.ReLU(),
-            L.Conv2D(1, 3, padding="same", activation="tanh"),
-        ],
-        name=name,
-    )
+    layers = [L.Conv2D(2, 3, padding="same", activation="relu"), L.Conv2D(1, 3, padding="same", activation="tanh")]
+    return keras.Sequential([keras.Input((SIZE, SIZE, 1)), *layers], name=name)
 
 
 def patch_critic(name):
-    layers = [keras.Input((SIZE, SIZE, 1)), L.Conv2D(4, 4, strides=2, padding="same"), L.LeakyReLU(), L.Conv2D(1, 4)]
+    layers = [keras.Input((SIZE, SIZE, 1)), L.Conv2D(1, 4, strides=2, padding="same"), L.LeakyReLU(0.2)]
     return keras.Sequential(layers, name=name)
 
 
@@ -148,7 +140,7 @@ class Sampler(L.Layer):
 
 def image_encoder():
     inputs = keras.Input((SIZE, SIZE, 1))
-    x = L.Flatten()(L.Conv2D(4, 3, strides=2, padding="same", activation="relu")(inputs))
+    x = L.Flatten()(inputs)
     return keras.Model(inputs, [L.Dense(LATENT)(x), L.Dense(LATENT)(x)], name="encoder")
 
 
@@ -157,14 +149,13 @@ def mask_generator():
     x = L.Reshape((SIZE, SIZE, 1))(L.Dense(SIZE * SIZE)(latent))
     x = L.BatchNormalization(center=False, scale=False)(x)
     x = x * (1 + L.Conv2D(1, 3, padding="same")(mask)) + L.Conv2D(1, 3, padding="same")(mask)
-    return keras.Model([latent, mask], L.Conv2D(1, 3, padding="same", activation="tanh")(x), name="generator")
+    return keras.Model([latent, mask], L.Activation("tanh")(x), name="generator")
 
 
 def feature_critic():
     mask, image = keras.Input((SIZE, SIZE, CLASSES)), keras.Input((SIZE, SIZE, 1))
-    first = L.LeakyReLU()(L.Conv2D(4, 4, strides=2, padding="same")(L.Concatenate()([mask, image])))
-    second = L.LeakyReLU()(L.Conv2D(4, 4, strides=2, padding="same")(first))
-    return keras.Model([mask, image], [first, second, L.Conv2D(1, 2)(second)], name="discriminator")
+    features = L.LeakyReLU(0.2)(L.Conv2D(4, 4, strides=2, padding="same")(L.Concatenate()([mask, image])))
+    return keras.Model([mask, image], [features, L.Conv2D(1, 2)(features)], name="discriminator")
 
 
 class GauGAN(keras.Model):
