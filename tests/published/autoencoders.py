@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 import looplab
-from published.system import System, batches, images, normal
+from published.system import Conv2D, Conv2DTranspose, Dense, System, batches, images, normal
 
 L = keras.layers
 SIZE, LATENT = 8, 2
@@ -29,16 +29,16 @@ class Sampling(L.Layer):
 
 def encoder():
     inputs = keras.Input((SIZE, SIZE, 1))
-    x = L.Conv2D(4, 3, activation="relu", strides=2, padding="same")(inputs)
-    x = L.Dense(4, "relu")(L.Flatten()(x))
-    mean, log_var = L.Dense(LATENT, name="z_mean")(x), L.Dense(LATENT, name="z_log_var")(x)
+    x = Conv2D(4, 3, activation="relu", strides=2, padding="same")(inputs)
+    x = Dense(4, "relu")(L.Flatten()(x))
+    mean, log_var = Dense(LATENT, name="z_mean")(x), Dense(LATENT, name="z_log_var")(x)
     return keras.Model(inputs, [mean, log_var, Sampling()([mean, log_var])], name="encoder")
 
 
 def decoder():
     inputs = keras.Input((LATENT,))
-    x = L.Reshape((4, 4, 2))(L.Dense(4 * 4 * 2, "relu")(inputs))
-    outputs = L.Conv2DTranspose(1, 3, activation="sigmoid", strides=2, padding="same")(x)
+    x = L.Reshape((4, 4, 2))(Dense(4 * 4 * 2, "relu")(inputs))
+    outputs = Conv2DTranspose(1, 3, activation="sigmoid", strides=2, padding="same")(x)
     return keras.Model(inputs, outputs, name="decoder")
 
 
@@ -127,11 +127,11 @@ class VectorQuantizer(L.Layer):
 
 def quantizing_autoencoder():
     inputs = keras.Input((SIZE, SIZE, 1))
-    x = L.Conv2D(4, 3, activation="relu", strides=2, padding="same")(inputs)
-    x = L.Conv2D(LATENT, 1, padding="same")(x)
+    x = Conv2D(4, 3, activation="relu", strides=2, padding="same")(inputs)
+    x = Conv2D(LATENT, 1, padding="same")(x)
     x = VectorQuantizer(6, LATENT, name="vector_quantizer")(x)
-    x = L.Conv2DTranspose(4, 3, activation="relu", strides=2, padding="same")(x)
-    return keras.Model(inputs, L.Conv2DTranspose(1, 3, padding="same")(x), name="vq_vae")
+    x = Conv2DTranspose(4, 3, activation="relu", strides=2, padding="same")(x)
+    return keras.Model(inputs, Conv2DTranspose(1, 3, padding="same")(x), name="vq_vae")
 
 
 class VQVAE(keras.Model):
@@ -194,8 +194,8 @@ def coupling(index):
     inputs = keras.Input((2,))
     outputs = []
     for activation in ("linear", "tanh"):
-        x = L.Dense(8, "relu", kernel_regularizer=keras.regularizers.L2(0.01))(inputs)
-        outputs.append(L.Dense(2, activation, kernel_regularizer=keras.regularizers.L2(0.01))(x))
+        x = Dense(8, "relu", kernel_regularizer=keras.regularizers.L2(0.01))(inputs)
+        outputs.append(Dense(2, activation, kernel_regularizer=keras.regularizers.L2(0.01))(x))
     return keras.Model(inputs, outputs, name=f"coupling_{index}")
 
 

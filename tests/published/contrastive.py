@@ -4,32 +4,31 @@ import keras
 import tensorflow as tf
 
 import looplab
-from published.system import System, batches, images, labels
+from published.system import Conv2D, Dense, System, batches, images, labels
 
 L = keras.layers
 SIZE, WIDTH, CLASSES = 8, 4, 3
 
 
-def augmenter(noise, name):
-    layers = [keras.Input((SIZE, SIZE, 1)), L.RandomFlip("horizontal"), L.GaussianNoise(noise)]
-    return keras.Sequential(layers, name=name)
+def augmenter(name):
+    return keras.Sequential([keras.Input((SIZE, SIZE, 1)), L.RandomFlip("horizontal")], name=name)
 
 
 def encoder(name="encoder"):
-    layers = [L.Conv2D(4, 3, strides=2, activation="relu"), L.BatchNormalization(), L.Flatten(), L.Dense(WIDTH)]
+    layers = [Conv2D(4, 3, strides=2, activation="relu"), L.BatchNormalization(), L.Flatten(), Dense(WIDTH)]
     return keras.Sequential([keras.Input((SIZE, SIZE, 1)), *layers], name=name)
 
 
 def head(name="projection_head"):
-    return keras.Sequential([keras.Input((WIDTH,)), L.Dense(WIDTH)], name=name)
+    return keras.Sequential([keras.Input((WIDTH,)), Dense(WIDTH)], name=name)
 
 
 def probe():
-    return keras.Sequential([keras.Input((WIDTH,)), L.Dense(CLASSES)], name="linear_probe")
+    return keras.Sequential([keras.Input((WIDTH,)), Dense(CLASSES)], name="linear_probe")
 
 
 def networks():
-    augmenters = augmenter(0.3, "contrastive_augmenter"), augmenter(0.1, "classification_augmenter")
+    augmenters = augmenter("contrastive_augmenter"), augmenter("classification_augmenter")
     return *augmenters, encoder(), head(), probe()
 
 

@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 import looplab
-from published.system import System, batches, images
+from published.system import Conv2D, System, batches, images
 
 L = keras.layers
 SIZE, TIMESTEPS = 8, 20
@@ -16,9 +16,9 @@ def pictures():
 
 def denoiser():
     noisy, variances = keras.Input((SIZE, SIZE, 1)), keras.Input((1, 1, 1))
-    x = L.Concatenate()([L.Conv2D(4, 1)(noisy), L.UpSampling2D(SIZE)(variances)])
-    x = L.Conv2D(4, 3, padding="same", activation="swish")(L.BatchNormalization(center=False, scale=False)(x))
-    return keras.Model([noisy, variances], L.Conv2D(1, 1, kernel_initializer="zeros")(x), name="denoiser")
+    x = L.Concatenate()([Conv2D(4, 1)(noisy), L.UpSampling2D(SIZE)(variances)])
+    x = Conv2D(4, 3, padding="same", activation="swish")(L.BatchNormalization(center=False, scale=False)(x))
+    return keras.Model([noisy, variances], Conv2D(1, 1, kernel_initializer="zeros")(x), name="denoiser")
 
 
 class DDIM(keras.Model):
@@ -106,8 +106,8 @@ def ddim_trainer(**options):
 
 def timed_denoiser():
     noisy, times = keras.Input((SIZE, SIZE, 1)), keras.Input((), dtype="int32")
-    x = L.Conv2D(4, 3, padding="same")(noisy) + L.Reshape((1, 1, 4))(L.Embedding(TIMESTEPS, 4)(times))
-    return keras.Model([noisy, times], L.Conv2D(1, 3, padding="same")(L.Activation("swish")(x)), name="denoiser")
+    x = Conv2D(4, 3, padding="same")(noisy) + L.Reshape((1, 1, 4))(L.Embedding(TIMESTEPS, 4)(times))
+    return keras.Model([noisy, times], Conv2D(1, 3, padding="same")(L.Activation("swish")(x)), name="denoiser")
 
 
 class DDPM(keras.Model):

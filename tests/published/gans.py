@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 import looplab
-from published.system import System, batches, images, labels
+from published.system import Conv2D, Conv2DTranspose, Dense, System, batches, images, labels
 
 L = keras.layers
 LATENT, CLASSES, SIZE = 4, 3, 8
@@ -15,11 +15,11 @@ def discriminator(channels=1):
     return keras.Sequential(
         [
             keras.Input((SIZE, SIZE, channels)),
-            L.Conv2D(4, 4, strides=2, padding="same"),
+            Conv2D(4, 4, strides=2, padding="same"),
             L.LeakyReLU(negative_slope=0.2),
             L.Flatten(),
             L.Dropout(0.2),
-            L.Dense(1),
+            Dense(1),
         ],
         name="discriminator",
     )
@@ -29,10 +29,10 @@ def generator(inputs=LATENT):
     return keras.Sequential(
         [
             keras.Input((inputs,)),
-            L.Dense(4 * 4 * 2),
+            Dense(4 * 4 * 2),
             L.Reshape((4, 4, 2)),
             L.LeakyReLU(negative_slope=0.2),
-            L.Conv2DTranspose(1, 4, strides=2, padding="same", activation="sigmoid"),
+            Conv2DTranspose(1, 4, strides=2, padding="same", activation="sigmoid"),
         ],
         name="generator",
     )

@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 import looplab
-from published.system import System, batches, images, labels
+from published.system import Dense, System, batches, images, labels
 
 L = keras.layers
 SIZE, PATCH, WIDTH, MASKED, CLASSES = 8, 4, 4, 3, 3
@@ -25,7 +25,7 @@ class PatchEncoder(L.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.mask_token = self.add_weight(shape=(1, PATCH * PATCH), initializer="random_normal", name="mask_token")
-        self.projection = L.Dense(WIDTH)
+        self.projection = Dense(WIDTH)
         self.position_embedding = L.Embedding(PATCHES, WIDTH)
         self.seed_generator = keras.random.SeedGenerator(1337)
 
@@ -44,8 +44,8 @@ class PatchEncoder(L.Layer):
 
 def patch_networks():
     augmentation = keras.Sequential([keras.Input((SIZE, SIZE, 1)), L.RandomFlip("horizontal")], name="augmentation")
-    encoder = keras.Sequential([keras.Input((None, WIDTH)), L.LayerNormalization(), L.Dense(WIDTH)], name="encoder")
-    layers = [L.Flatten(), L.Dense(SIZE * SIZE, "sigmoid"), L.Reshape((SIZE, SIZE, 1))]
+    encoder = keras.Sequential([keras.Input((None, WIDTH)), L.LayerNormalization(), Dense(WIDTH)], name="encoder")
+    layers = [L.Flatten(), Dense(SIZE * SIZE, "sigmoid"), L.Reshape((SIZE, SIZE, 1))]
     decoder = keras.Sequential([keras.Input((PATCHES, WIDTH)), *layers], name="decoder")
     return augmentation, Patches(), PatchEncoder(), encoder, decoder
 
@@ -121,7 +121,7 @@ class FFDense(L.Layer):
 
     def __init__(self, units, optimizer, loss_metric, num_epochs=2, **kwargs):
         super().__init__(**kwargs)
-        self.dense = L.Dense(units)
+        self.dense = Dense(units)
         self.optimizer = optimizer
         self.loss_metric = loss_metric
         self.threshold = 1.5

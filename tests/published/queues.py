@@ -205,7 +205,7 @@ class MoCo(keras.Model):
 
 
 def moco():
-    model = MoCo(augmenter(0.3, "augmenter"), encoder(), head())
+    model = MoCo(augmenter("augmenter"), encoder(), head())
     model.compile(keras.optimizers.Adam())
     return model
 
@@ -229,7 +229,7 @@ class MoCoTrainer(looplab.Trainer):
 
 
 def moco_trainer(**options):
-    return MoCoTrainer(augmenter(0.3, "augmenter"), encoder(), head(), **options)
+    return MoCoTrainer(augmenter("augmenter"), encoder(), head(), **options)
 
 
 SYSTEMS = [

@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 import looplab
-from published.system import System, batches, images, labels, normal
+from published.system import Conv2D, Dense, System, batches, images, labels, normal
 
 L = keras.layers
 SIZE, WIDTH, WORDS, LENGTH, CAPTIONS = 8, 4, 7, 6, 2
@@ -16,10 +16,10 @@ class Decoder(L.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.embedding = L.Embedding(WORDS, WIDTH)
-        self.query = L.Dense(WIDTH)
+        self.query = Dense(WIDTH)
         self.attention = L.Attention(dropout=0.1)
         self.norm = L.LayerNormalization()
-        self.out = L.Dense(WORDS)
+        self.out = Dense(WORDS)
         self.dropout = L.Dropout(0.3)
 
     def call(self, words, encoded, training=None, mask=None):
@@ -30,16 +30,14 @@ class Decoder(L.Layer):
 
 
 def cnn():
-    layers = [keras.Input((SIZE, SIZE, 1)), L.Conv2D(WIDTH, 3, strides=3), L.Reshape((-1, WIDTH))]
+    layers = [keras.Input((SIZE, SIZE, 1)), Conv2D(WIDTH, 3, strides=3), L.Reshape((-1, WIDTH))]
     model = keras.Sequential(layers, name="cnn")
     model.trainable = False
     return model
 
 
 def token_encoder():
-    return keras.Sequential(
-        [keras.Input((None, WIDTH)), L.LayerNormalization(), L.Dense(WIDTH, "relu")], name="encoder"
-    )
+    return keras.Sequential([keras.Input((None, WIDTH)), L.LayerNormalization(), Dense(WIDTH, "relu")], name="encoder")
 
 
 class ImageCaptioning(keras.Model):

@@ -5,14 +5,14 @@ import numpy as np
 import tensorflow as tf
 
 import looplab
-from published.system import BATCH, System, batches, images, labels
+from published.system import BATCH, Conv2D, Dense, System, batches, images, labels
 
 L = keras.layers
 SIZE, CLASSES, STEPS = 8, 3, 30
 
 
 def classifier(width, name):
-    layers = [L.Conv2D(width, 3, strides=2), L.BatchNormalization(), L.ReLU(), L.Flatten(), L.Dense(CLASSES)]
+    layers = [Conv2D(width, 3, strides=2), L.BatchNormalization(), L.ReLU(), L.Flatten(), Dense(CLASSES)]
     return keras.Sequential([keras.Input((SIZE, SIZE, 1)), *layers], name=name)
 
 

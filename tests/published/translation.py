@@ -4,19 +4,19 @@ import keras
 import tensorflow as tf
 
 import looplab
-from published.system import System, batches, images, labels
+from published.system import Conv2D, Dense, System, batches, images, labels
 
 L = keras.layers
 SIZE, CLASSES, LATENT = 8, 3, 4
 
 
 def translator(name):
-    layers = [L.Conv2D(2, 3, padding="same", activation="relu"), L.Conv2D(1, 3, padding="same", activation="tanh")]
+    layers = [Conv2D(2, 3, padding="same", activation="relu"), Conv2D(1, 3, padding="same", activation="tanh")]
     return keras.Sequential([keras.Input((SIZE, SIZE, 1)), *layers], name=name)
 
 
 def patch_critic(name):
-    layers = [keras.Input((SIZE, SIZE, 1)), L.Conv2D(1, 4, strides=2, padding="same"), L.LeakyReLU(0.2)]
+    layers = [keras.Input((SIZE, SIZE, 1)), Conv2D(1, 4, strides=2, padding="same"), L.LeakyReLU(0.2)]
     return keras.Sequential(layers, name=name)
 
 
@@ -141,21 +141,21 @@ class Sampler(L.Layer):
 def image_encoder():
     inputs = keras.Input((SIZE, SIZE, 1))
     x = L.Flatten()(inputs)
-    return keras.Model(inputs, [L.Dense(LATENT)(x), L.Dense(LATENT)(x)], name="encoder")
+    return keras.Model(inputs, [Dense(LATENT)(x), Dense(LATENT)(x)], name="encoder")
 
 
 def mask_generator():
     latent, mask = keras.Input((LATENT,)), keras.Input((SIZE, SIZE, CLASSES))
-    x = L.Reshape((SIZE, SIZE, 1))(L.Dense(SIZE * SIZE)(latent))
+    x = L.Reshape((SIZE, SIZE, 1))(Dense(SIZE * SIZE)(latent))
     x = L.BatchNormalization(center=False, scale=False)(x)
-    x = x * (1 + L.Conv2D(1, 3, padding="same")(mask)) + L.Conv2D(1, 3, padding="same")(mask)
+    x = x * (1 + Conv2D(1, 3, padding="same")(mask)) + Conv2D(1, 3, padding="same")(mask)
     return keras.Model([latent, mask], L.Activation("tanh")(x), name="generator")
 
 
 def feature_critic():
     mask, image = keras.Input((SIZE, SIZE, CLASSES)), keras.Input((SIZE, SIZE, 1))
-    features = L.LeakyReLU(0.2)(L.Conv2D(4, 4, strides=2, padding="same")(L.Concatenate()([mask, image])))
-    return keras.Model([mask, image], [features, L.Conv2D(1, 2)(features)], name="discriminator")
+    features = L.LeakyReLU(0.2)(Conv2D(4, 4, strides=2, padding="same")(L.Concatenate()([mask, image])))
+    return keras.Model([mask, image], [features, Conv2D(1, 2)(features)], name="discriminator")
 
 
 class GauGAN(keras.Model):

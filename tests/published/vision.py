@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 import looplab
-from published.system import System, batches, images
+from published.system import Conv2D, Dense, System, batches, images
 
 L = keras.layers
 SIZE, CHANNELS = 8, 3
@@ -89,7 +89,7 @@ class ZeroDCE(keras.Model):
 
 
 def curves_network():
-    layers = [L.Conv2D(4, 3, padding="same", activation="relu"), L.Conv2D(6, 3, padding="same", activation="tanh")]
+    layers = [Conv2D(4, 3, padding="same", activation="relu"), Conv2D(6, 3, padding="same", activation="tanh")]
     return keras.Sequential([keras.Input((SIZE, SIZE, CHANNELS)), *layers], name="dce")
 
 
@@ -170,8 +170,8 @@ class NeRF(keras.Model):
 
 def radiance():
     inputs = keras.Input((RAYS * SAMPLES, FEATURES))
-    x = L.Concatenate()([L.Dense(8, "relu")(inputs), inputs])
-    return keras.Model(inputs, L.Dense(4)(x), name="nerf")
+    x = L.Concatenate()([Dense(8, "relu")(inputs), inputs])
+    return keras.Model(inputs, Dense(4)(x), name="nerf")
 
 
 def nerf():
@@ -206,7 +206,7 @@ def views():
 
 def siamese_network():
     inputs = [keras.Input((SIZE, SIZE, CHANNELS), name=name) for name in ("anchor", "positive", "negative")]
-    layers = [L.Conv2D(4, 3, strides=2, activation="relu"), L.BatchNormalization(), L.Flatten(), L.Dense(4)]
+    layers = [Conv2D(4, 3, strides=2, activation="relu"), L.BatchNormalization(), L.Flatten(), Dense(4)]
     embedding = keras.Sequential([keras.Input((SIZE, SIZE, CHANNELS)), *layers], name="embedding")
     anchor, positive, negative = (embedding(image) for image in inputs)
     distances = [keras.ops.sum((anchor - other) ** 2, axis=-1) for other in (positive, negative)]
