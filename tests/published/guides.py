@@ -7,6 +7,8 @@ import looplab
 from published.system import System, batches, images, normal
 
 GUIDE = "https://keras.io/guides/custom_train_step_in_tensorflow/"
+TENSORFLOW_GUIDE = "https://www.tensorflow.org/guide/keras/customizing_what_happens_in_fit"
+REFERENCE = "https://keras.io/api/models/model_training_apis/"
 
 
 def layers():
@@ -108,7 +110,7 @@ def own_metrics_trainer(**options):
 
 
 class SampleWeights(keras.Model):
-    """The guide's step with sample weights; metrics that are not in `weighted_metrics` ignore them."""
+    """The step with sample weights, in the words of older guides; metrics that are not in `weighted_metrics` ignore them."""
 
     def train_step(self, data):
         sample_weight = None
@@ -118,9 +120,9 @@ class SampleWeights(keras.Model):
             x, y = data
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            loss = self.compute_loss(y=y, y_pred=y_pred, sample_weight=sample_weight)
+            loss = self.compiled_loss(y, y_pred, sample_weight=sample_weight, regularization_losses=self.losses)
         variables = self.trainable_variables
-        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(loss)
@@ -140,9 +142,9 @@ class SampleWeightsTrainer(looplab.Trainer):
         x, y, sample_weight = data
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            loss = self.compute_loss(y=y, y_pred=y_pred, sample_weight=sample_weight)
+            loss = self.compiled_loss(y, y_pred, sample_weight=sample_weight, regularization_losses=self.losses)
         variables = self.trainable_variables
-        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
 
 
@@ -227,12 +229,10 @@ def own_loss_trainer(**options):
     return OwnLossTrainer(keras.Model(*layers()), optimizer="adam", loss="mse", metrics=["mae"], **options)
 
 
-REFERENCE = "https://keras.io/api/models/model_training_apis/"
-
 SYSTEMS = [
     System("fit_simple", GUIDE, simple, simple_trainer, points),
     System("fit_own_metrics", GUIDE, own_metrics, own_metrics_trainer, points),
-    System("fit_sample_weight", GUIDE, sample_weights, sample_weights_trainer, weighted_points),
+    System("fit_sample_weight", TENSORFLOW_GUIDE, sample_weights, sample_weights_trainer, weighted_points),
     System("fit_test_step", GUIDE, own_test_step, own_test_step_trainer, points, validation=points),
     System("own_loss", REFERENCE, own_loss, own_loss_trainer, points, validation=points, means=("size",)),
 ]

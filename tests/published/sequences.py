@@ -15,6 +15,7 @@ class Decoder(L.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        self.supports_masking = True
         self.embedding = L.Embedding(WORDS, WIDTH)
         self.query = Dense(WIDTH)
         self.attention = L.Attention(dropout=0.1)
