@@ -110,7 +110,7 @@ def own_metrics_trainer(**options):
 
 
 class SampleWeights(keras.Model):
-    """The step with sample weights, in the words of older guides; metrics that are not in `weighted_metrics` ignore them."""
+    """The step with sample weights, as older guides write it; `metrics` ignore them."""
 
     def train_step(self, data):
         sample_weight = None
