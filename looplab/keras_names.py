@@ -35,6 +35,12 @@ def find(trainer: Any, engine: Any, name: str) -> Any:
 
 
 def _loss(trainer: Any, engine: Any) -> Callable[..., Any]:
+    """In Keras, `loss` is what `compile` got, and a function computes it for the names, lists and dicts that it takes."""
+    given = engine.runner.objective.loss
+    return given if callable(given) else _compiled_loss(trainer, engine)
+
+
+def _compiled_loss(trainer: Any, engine: Any) -> Callable[..., Any]:
     return lambda y, y_pred, sample_weight=None, **_: trainer.compute_loss(None, y, y_pred, sample_weight)
 
 
@@ -72,7 +78,7 @@ _SUBSTITUTES: dict[str, Callable[[Any, Any], Any]] = {
     "trainable_weights": lambda trainer, engine: trainer.trainable_variables,
     "non_trainable_variables": lambda trainer, engine: engine.runner.variables.not_trainable(),
     "loss": _loss,
-    "compiled_loss": _loss,
+    "compiled_loss": _compiled_loss,
     "compiled_metrics": lambda trainer, engine: engine.runner.objective.compiled_metrics,
     "get_metrics_result": _get_metrics_result,
     "layers": _layers,

@@ -65,8 +65,8 @@ class Steps:
         x, _, _ = step_checks.parts(batch)
         return self(x, training=False)
 
-    def __call__(self, x: Any, training: bool = False) -> Any:
-        """Calls the model, with `training` if it takes that argument."""
+    def __call__(self, x: Any, training: bool | None = None) -> Any:
+        """Calls the model, or the subclass's own `call`; with `training`, if that is given and it takes it."""
         call = self.model
         if self.model is None:
             call = inspect.getattr_static(self, "call", None) and self.call  # as in a subclass of `keras.Model`
@@ -77,7 +77,7 @@ class Steps:
         function = call.call if isinstance(call, keras.Layer) else call
         takes_training = "training" in inspect.signature(function).parameters
         with step_checks.inputs(x, call):
-            return call(x, training=training) if takes_training else call(x)
+            return call(x, training=training) if takes_training and training is not None else call(x)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
