@@ -49,7 +49,8 @@ from looplab.data.named import Data
 from looplab.cli.recipe import Recipe
 from looplab.cli.run import run
 from looplab.steps import Steps
+from looplab.testing import read_scalars
 from looplab.trainer import Trainer
 
-__all__ = ["Checkpoint", "Data", "Recipe", "Steps", "Trainer", "callbacks", "main", "run", "testing"]
+__all__ = ["Checkpoint", "Data", "Recipe", "Steps", "Trainer", "callbacks", "main", "read_scalars", "run", "testing"]
 __version__ = "0.1.0"

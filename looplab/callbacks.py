@@ -136,7 +136,7 @@ def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:
 def shown(logs: Mapping[str, float]) -> dict[str, str]:
     """The values of an epoch as a line of text shows them, `loss` and `val_loss` first."""
     names = sorted(logs, key=lambda name: ["loss", "val_loss", name].index(name))
-    return {name: f"{logs[name]:.4g}" for name in names}
+    return {name: f"{logs[name]:.4g}" for name in names if not np.ndim(logs[name])}
 
 
 def with_bar(trainer: Any, callbacks: Any, steps: int | None, verbose: int | str) -> keras.callbacks.CallbackList:

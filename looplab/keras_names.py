@@ -35,7 +35,7 @@ def find(trainer: Any, engine: Any, name: str) -> Any:
 
 
 def _loss(trainer: Any, engine: Any) -> Callable[..., Any]:
-    """In Keras, `loss` is what `compile` got, and a function computes it for the names, lists and dicts that it takes."""
+    """What `compile` got, as in Keras, if it is a function or a `keras.Loss`."""
     given = engine.runner.objective.loss
     return given if callable(given) else _compiled_loss(trainer, engine)
 

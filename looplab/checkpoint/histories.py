@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 
 from looplab.checkpoint.files import sync
 
 FILE = "fits.jsonl"
 
 
-def write(log_dir: Path, number: int, history: dict[str, list[float]]) -> None:
+def write(log_dir: Path, number: int, history: dict[str, list[Any]]) -> None:
     """Writes the history of the call with this number (from 0), in place of those of this and later calls.
 
     Raises:
@@ -24,7 +26,7 @@ def write(log_dir: Path, number: int, history: dict[str, list[float]]) -> None:
     """
     earlier = _lines(log_dir)[:number]
     missing = [b"{}"] * (number - len(earlier))
-    lines = [*earlier, *missing, json.dumps(history, default=float).encode()]
+    lines = [*earlier, *missing, json.dumps(history, default=lambda value: np.asarray(value).tolist()).encode()]
     unfinished = log_dir / f".unfinished-{FILE}"
     try:
         unfinished.unlink(missing_ok=True)  # it may be a link
@@ -35,10 +37,10 @@ def write(log_dir: Path, number: int, history: dict[str, list[float]]) -> None:
         raise OSError(f"The history could not be written to {log_dir / FILE}: {error}.") from error
 
 
-def read(log_dir: Path, number: int) -> dict[str, list[float]]:
+def read(log_dir: Path, number: int) -> dict[str, list[Any]]:
     """The history of a complete call; {} if it is missing or damaged."""
     try:
-        return msgspec.convert(json.loads(_lines(log_dir)[number]), dict[str, list[float]])
+        return msgspec.convert(json.loads(_lines(log_dir)[number]), dict[str, list[float | list[Any]]])
     except (IndexError, RecursionError, ValueError):
         return {}
 

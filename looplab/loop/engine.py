@@ -147,7 +147,7 @@ class Engine:
             raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
         results = self.metrics.results(kind, step, progress)
         parts = {name: results.pop(name) for name in step.meaning.parts if name in results}
-        return results, parts
+        return step.meaning.whole(results), parts
 
     def evaluate(
         self,
@@ -207,7 +207,8 @@ class Engine:
         hidden = step.meaning.rates | step.meaning.parts
         columns = {name: values.tolist() for name, values in _without(hidden, logs.scalars).items()}
         outputs = {} if logs.outputs is None else {"outputs": logs.outputs}
-        return [{name: column[i] for name, column in columns.items()} | outputs for i in range(logs.done)]
+        rows = ({name: column[i] for name, column in columns.items()} for i in range(logs.done))
+        return [step.meaning.whole(row) | outputs for row in rows]
 
     def _call(self, kind: str, step: Any, iterator: Any, asked: int, progress: Progress) -> CallLogs:
         """One graph call of up to `asked` steps."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from looplab import checks
 from looplab.callbacks import EpochLine, ProgressBar
@@ -183,8 +184,12 @@ class Fit:
             trainer.run_eagerly = run_eagerly
 
 
-def _epoch_tags(logs: dict[str, float]) -> dict[str, float]:
-    return {f"epoch_{name}": value for name, value in logs.items()}
+def _epoch_tags(logs: dict[str, Any]) -> dict[str, float]:
+    return {
+        "/".join([f"epoch_{name}", *map(str, entry)]): part
+        for name, value in logs.items()
+        for entry, part in np.ndenumerate(value)
+    }
 
 
 def fit(

@@ -16,12 +16,16 @@ from looplab.compat import direction, is_function_graph
 from looplab.loop.graphs import creating_ahead
 from looplab.walk import is_users
 
+_MANY = 1000  # entries of a result that are no longer shown one by one
+
 
 class Source(NamedTuple):
     """The metric that a value is the result of, and the keys that lead to it if the result is a dict."""
 
     metric: keras.Metric
     keys: tuple[Any, ...] = ()
+    entry: tuple[int, ...] = ()
+    """Of a result that is not a scalar, the place of the value in it."""
 
     def __str__(self) -> str:
         if self.keys and self.metric.name == "compile_metrics":  # Keras's own, which holds those of `metrics`
@@ -31,7 +35,7 @@ class Source(NamedTuple):
 
     def of(self, result: Any) -> Any:
         """The value inside the metric's result."""
-        return functools.reduce(lambda inner, key: inner[key], self.keys, result)
+        return functools.reduce(lambda inner, key: inner[key], (*self.keys, *self.entry), result)
 
 
 class Named(NamedTuple):
@@ -186,13 +190,22 @@ class StepMetrics:
     def named(self, name: Any, value: Any, origin: str = "") -> list[Named]:
         """A value under its name; of a dict, its values under their keys, as Keras flattens logs.
 
+        The result of a metric that is not a scalar has a value for each entry, such as `f1_score/0`.
+
         Args:
             origin: Where it comes from, if it is no metric's result.
         """
         if isinstance(value, dict):
             return [one for key, inner in value.items() for one in self.named(key, inner, f"{origin} under {name!r}")]
         _, source = self._results.get(id(value), (None, None))
-        return [Named(name, value, str(source or origin), source)]
+        if source is None or not value.shape.rank or (value.shape.num_elements() or _MANY) >= _MANY:
+            return [Named(name, value, str(source or origin), source)]
+        found = []
+        for entry in np.ndindex(*value.shape):
+            one, path = value[entry], "/".join(map(str, entry))
+            self._results[id(one)] = one, source._replace(entry=entry)
+            found.append(Named(f"{name}/{path}", one, str(source), source._replace(entry=entry)))
+        return found
 
     def is_updated(self, value: Any) -> bool:
         """Whether a value is no metric's result, or that of a metric that the step updates."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from looplab.compat import trained_by
@@ -31,6 +32,23 @@ class Meaning(NamedTuple):
     """Learning rates, which only TensorBoard shows."""
     parts: frozenset[str]
     """Parts of the loss, which only TensorBoard shows."""
+
+    def whole(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values by name, in which the entries of a metric's result are one array, as Keras logs it."""
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            entry = self.sources[name].entry if name in self.sources else ()
+            if not entry:
+                found[name] = value
+                continue
+            whole = "/".join(name.split("/")[: -len(entry)])
+            found.setdefault(whole, {})[entry] = value
+        return {name: _array(value) if isinstance(value, dict) else value for name, value in found.items()}
+
+
+def _array(entries: dict[tuple[int, ...], Any]) -> np.ndarray:
+    """All entries of an array, in their order."""
+    return np.reshape([*entries.values()], [size + 1 for size in max(entries)])
 
 
 class StepLogs(NamedTuple):
