@@ -245,14 +245,9 @@ class Trainer(Steps):
         restore(self._looplab, self.checkpoint, checkpoint)
 
     def build(self, x: Any, y: Any = None, sample_weight: Any = None) -> None:
-        """Creates all variables of models, metrics and optimizers from the data's signature, without running a step.
-
-        `fit` does this itself; `load_weights` needs it before.
-        """
+        """Creates all variables from the data's signature, as `fit` does; `load_weights` and `restore` need them."""
         signature = self._looplab.batches("x", x, y, sample_weight).element_spec
         self._looplab.tracer.compiled("train", signature, eagerly=False)
-
-    # Weights.
 
     @property
     def weights(self) -> list[Any]:
@@ -294,8 +289,6 @@ class Trainer(Steps):
     def summary(self, **options: Any) -> None:
         """Prints `keras.Model.summary` of each Keras model, with the output shapes of subclassed ones once built."""
         self._looplab.runner.variables.summarize(**options)
-
-    # Where the run is.
 
     log_dir = property(lambda self: self._looplab.folder.path, doc="The log folder, as an absolute path, or None.")
     seed = property(lambda self: self._looplab.state.seed, doc="Of the order of the data and of `seed_generator`.")

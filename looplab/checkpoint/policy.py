@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Literal
 
+import keras
+
 from looplab import checks
+from looplab.compat import direction
 
 _EVERY = re.compile(r"(?:(\d+) )?(step|epoch|second)s?")
 
@@ -62,3 +66,22 @@ class Checkpoint:
                 f'"2 epochs" or "600 seconds"; got {self.every!r}.'
             )
         return int(match[1] or 1), match[2]
+
+
+def lower_is_better(monitor: str, mode: str, metrics: Iterable[keras.Metric]) -> bool:
+    """Whether a lower value in the logs is better: by `mode`, or if that is "auto", by the metric with its name.
+
+    Raises:
+        ValueError: `mode` is "auto", and no loss or metric with that name has a direction.
+    """
+    name = monitor.removeprefix("val_")
+    if mode != "auto":
+        return mode == "min"
+    if "loss" in name:
+        return True
+    for metric in metrics:
+        if metric.name == name and direction(metric) in ("up", "down"):
+            return direction(metric) == "down"
+    raise ValueError(
+        f'`monitor` is {monitor!r}, but it is unknown whether lower is better. Pass `mode="min"` or "max".'
+    )

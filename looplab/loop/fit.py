@@ -15,13 +15,13 @@ from looplab import checks
 from looplab.callbacks import EpochLine, ProgressBar
 from looplab.checkpoint import callbacks as memory
 from looplab.checkpoint import histories
+from looplab.checkpoint.policy import lower_is_better
 from looplab.checkpoint.snapshot import Asked
 from looplab.data.arrays import held_out, is_arrays
 from looplab.data.batches import Batches
 from looplab.loop.engine import Engine
 from looplab.loop.graphs import changed_tables
 from looplab.loop.interrupts import Interrupts
-from looplab.loop.metrics import lower_is_better
 from looplab.loop.resume import Resume
 from looplab.loop.saving import Saving
 from looplab.loop.step import LEARNING_RATE

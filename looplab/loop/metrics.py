@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.compat import direction, is_function_graph
+from looplab.compat import is_function_graph
 from looplab.loop.graphs import creating_ahead
 from looplab.walk import is_users
 
@@ -282,22 +282,3 @@ def _comparable(metric: str, value: Any, depth: int = 0) -> Any:
 
 def _is_scalar(value: Any) -> bool:
     return getattr(value, "shape", None) == () and value.dtype != tf.string
-
-
-def lower_is_better(monitor: str, mode: str, metrics: Iterable[keras.Metric]) -> bool:
-    """Whether a lower value in the logs is better: by `mode`, or if that is "auto", by the metric with its name.
-
-    Raises:
-        ValueError: `mode` is "auto", and no loss or metric with that name has a direction.
-    """
-    name = monitor.removeprefix("val_")
-    if mode != "auto":
-        return mode == "min"
-    if "loss" in name:
-        return True
-    for metric in metrics:
-        if metric.name == name and direction(metric) in ("up", "down"):
-            return direction(metric) == "down"
-    raise ValueError(
-        f'`monitor` is {monitor!r}, but it is unknown whether lower is better. Pass `mode="min"` or "max".'
-    )

@@ -9,12 +9,11 @@ import keras
 from looplab.checkpoint import callbacks as memory
 from looplab.checkpoint import histories, snapshot
 from looplab.checkpoint.files import CheckpointError
-from looplab.checkpoint.policy import Checkpoint
+from looplab.checkpoint.policy import Checkpoint, lower_is_better
 from looplab.checkpoint.snapshot import Asked, Saved, assign
 from looplab.checkpoint.store import Store
 from looplab.data.batches import Batches
 from looplab.loop.engine import Engine
-from looplab.loop.metrics import lower_is_better
 from looplab.paths import local_path
 from looplab.warn import say, warn
 

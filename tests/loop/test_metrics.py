@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from looplab.loop.metrics import BatchMetrics, Source, lower_is_better
+from looplab.checkpoint.policy import lower_is_better
+from looplab.loop.metrics import BatchMetrics, Source
 
 
 def update(step, metric, *values):
