@@ -156,28 +156,34 @@ class Compiled:
 
     def _whole_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
         """One step on all replicas: the number of examples, float64 means weighted by it, images, and the fault."""
+        several = self._strategy.num_replicas_in_sync > 1
 
         def replica_step(batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
             logs = self._step(batch)
             self.names, self._image_names, self.meaning = list(logs.scalars), list(logs.images), logs.meaning
-            # In float64, the product with a count and the quotient are exact: the float32 of a single replica comes
-            # back unchanged. Sums, because in a smaller last batch a replica may have no rows, and then no mean.
             with tf.name_scope("logs"):
                 weight = tf.cast(logs.weight, tf.float64)
-                sums = {name: _wide(value) * weight for name, value in logs.scalars.items()}
-                sums = {name: tf.where(weight > 0, value, 0) for name, value in sums.items()}
-            return weight, sums, logs.images, logs.fault
+                scalars = {name: _wide(value) for name, value in logs.scalars.items()}
+                if several:  # sums, because in a smaller last batch a replica may have no rows, and then no mean
+                    scalars = {name: tf.where(weight > 0, value * weight, 0) for name, value in scalars.items()}
+            return weight, scalars, logs.images, logs.fault
 
-        weight, sums, images, fault = self._strategy.run(replica_step, (batch,))
-        with tf.name_scope("logs"):
-            total = self._strategy.reduce("SUM", weight, axis=None)
-            means = {name: self._strategy.reduce("SUM", value, axis=None) / total for name, value in sums.items()}
-            fault = self._worst(fault)
-        images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
-        return total, means, images, fault
+        weight, scalars, images, fault = self._strategy.run(replica_step, (batch,))
+        if several:
+            with tf.name_scope("logs"):
+                weight = self._strategy.reduce("SUM", weight, axis=None)
+                sums = {name: self._strategy.reduce("SUM", value, axis=None) for name, value in scalars.items()}
+                scalars = {name: value / weight for name, value in sums.items()}
+                fault = self._worst(fault)
+                images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
+        return weight, scalars, images, fault
 
-    def _sound_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
-        """One step; one with a fault leaves no trace in the variables."""
+    def _sound_step(self, batch: Any, faulty: Any, most_faulty: Any) -> tuple[tf.Tensor, Any, Any, tf.Tensor, Any, Any]:
+        """One step, of which a fault leaves no trace in the variables.
+
+        Returns:
+            What `_whole_step` does, how many steps in a row had a fault, and whether another step may follow.
+        """
         variables = [self.copies.written_for(variable) for variable in self.restored()]
         before = [(variable, tf.convert_to_tensor(variable)) for variable in variables]
 
@@ -185,20 +191,22 @@ class Compiled:
             for variable, value in before:
                 variable.assign(value)
 
+        def after_fault() -> tuple[tf.Tensor, tf.Tensor]:
+            undo()
+            in_a_row = tf.where(fault > 0, faulty + 1, 0)
+            return in_a_row, (fault > 0) & (in_a_row <= most_faulty)
+
         try:
             weight, scalars, images, fault = self._whole_step(batch) if self.eager else self._one_step(batch)
         except Exception:  # in eager mode, after a part of the step
             undo()
             raise
-        tf.cond(tf.equal(fault, 0), lambda: None, undo)
-        return weight, scalars, images, fault
+        faulty, may_continue = tf.cond(tf.equal(fault, 0), lambda: (tf.constant(0), tf.constant(True)), after_fault)
+        return weight, scalars, images, fault, faulty, may_continue
 
     def _worst(self, codes: Any) -> tf.Tensor:
         """Of the replicas' codes the lowest if one is negative, else the highest."""
-        values = self._strategy.experimental_local_results(codes)
-        if len(values) == 1:
-            return values[0]
-        values = tf.stack(values)
+        values = tf.stack(self._strategy.experimental_local_results(codes))
         return tf.where(tf.reduce_any(values < 0), tf.reduce_min(values), tf.reduce_max(values))
 
     def _on_iterator(self, iterator, first, steps, faulty, most_faulty):
@@ -206,10 +214,11 @@ class Compiled:
         rows, pictures, done, continues = self._tables(steps)
         batch = iterator.get_next_as_optional()
         while continues & batch.has_value():
-            rows, pictures, fault = self._recorded(rows, pictures, done, first, batch.get_value())
+            rows, pictures, faulty, continues = self._recorded(
+                rows, pictures, done, first, batch.get_value(), faulty, most_faulty
+            )
             done += 1
-            faulty = tf.where(fault > 0, faulty + 1, 0)
-            continues = self._continues(done < steps, fault, faulty, most_faulty)
+            continues &= done < steps
             if continues:  # otherwise the next call would lack a batch, and an error the faulty one
                 batch = iterator.get_next_as_optional()
         return rows.stack()[:done], pictures.stack()[:done], batch
@@ -219,13 +228,15 @@ class Compiled:
         layout = data.layout
 
         def call(tensors, order, batch_size, position, left, first, steps, faulty, most_faulty):
+            steps = tf.minimum(steps, left)
             rows, pictures, done, continues = self._tables(steps)
             while continues:
                 batch = gather(layout, tensors, rows_of(order, position + done, batch_size))
-                rows, pictures, fault = self._recorded(rows, pictures, done, first, batch)
+                rows, pictures, faulty, continues = self._recorded(
+                    rows, pictures, done, first, batch, faulty, most_faulty
+                )
                 done += 1
-                faulty = tf.where(fault > 0, faulty + 1, 0)
-                continues = self._continues((done < steps) & (done < left), fault, faulty, most_faulty)
+                continues &= done < steps
             return rows.stack()[:done], pictures.stack()[:done]
 
         sizes = [tf.constant(number) for number in (data.batch_size, data.position, data.left)]
@@ -246,19 +257,20 @@ class Compiled:
         pictures = tf.TensorArray(tf.string, size, dynamic_size=self.eager, element_shape=picture_shape)
         return rows, pictures, tf.constant(0), tf.constant(True)
 
-    def _recorded(self, rows, pictures, done, first, batch):
-        """Runs a step, and adds its values to the tables; the tables, and the step's fault."""
-        weight, scalars, images, fault = self._sound_step(batch)
+    def _recorded(self, rows, pictures, done, first, batch, faulty, most_faulty):
+        """Runs a step, and adds its values to the tables.
+
+        Returns:
+            The tables, how many steps in a row had a fault, and whether another step may follow.
+        """
+        weight, scalars, images, fault, faulty, continues = self._sound_step(batch, faulty, most_faulty)
         values = [weight, _wide(fault), *(scalars[name] for name in self.names)]
         rows = rows.write(done, tf.stack(values))
-        pictures = pictures.write(done, self._encoded(images, first + tf.cast(done, tf.int64)))
-        return rows, pictures, fault
-
-    def _continues(self, is_wanted, fault, faulty, most_faulty):
-        """Whether another step follows."""
+        if self._image_names:
+            pictures = pictures.write(done, self._encoded(images, first + tf.cast(done, tf.int64)))
         with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
             stops = tf.convert_to_tensor(self._stop)
-        return is_wanted & (fault >= 0) & (faulty <= most_faulty) & ~stops
+        return rows, pictures, faulty, continues & ~stops
 
     def _encoded(self, images: dict[str, tf.Tensor], number: tf.Tensor) -> tf.Tensor:
         """For each image name, a string: the images if they are due at this step, else ""."""
