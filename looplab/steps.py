@@ -111,7 +111,7 @@ class Steps:
         return objective.compute_metrics(step, y, y_pred, sample_weight)
 
     def reset_metrics(self) -> None:
-        """Resets the state of all metrics; called at the start of each epoch and each evaluation."""
+        """Resets the state of all metrics; called before each epoch, each evaluation, and each `train_on_batch`."""
         for metric in self.metrics:
             metric.reset_state()
 

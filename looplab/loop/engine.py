@@ -85,7 +85,7 @@ class Engine:
         callbacks: keras.callbacks.CallbackList,
         iterator: Any = None,
         folder: str | None = None,
-        before_call: Callable[[int], int | None] = lambda done: None,
+        between: Callable[[int], int | None] = lambda done: None,
         take_outputs: Callable[[Any, Any], Any] = lambda batch, outputs: None,
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Runs a pass from where `progress` is to its end.
@@ -97,9 +97,9 @@ class Engine:
             callbacks: Their hooks for batches are called for each step, once the graph call has returned.
             iterator: Of `batches`; by default a new one.
             folder: That of the event file for the values of each step; None writes none.
-            before_call: Called before each graph call with the number of batches done; returns how many steps the call
-                may run at most, or None.
-            take_outputs: Called with each batch and the outputs of its prediction; returns what callbacks see of them.
+            between: Called before the first graph call and after each, with the number of batches done; returns
+                how many steps the next call may run, or None for any number.
+            take_outputs: Called with each batch and the outputs of its prediction; returns the outputs for callbacks.
 
         Returns:
             The values of the pass as Keras logs them, and those of the parts of the loss.
@@ -114,7 +114,7 @@ class Engine:
         may_freeze = any(not getattr(hook, "stateless", False) for hook in hooks)
         pace = Pace(1 if kind == "predict" else self._pace(hooks))
         skipped = 0
-        most = before_call(progress.batches)
+        most = between(progress.batches)
         while not self._is_over(kind, batches, progress):
             done = progress.batches
             left = None if batches.steps is None else batches.steps - done
@@ -139,7 +139,7 @@ class Engine:
             progress.ended = logs.done < asked and not bool(logs.batch.has_value())
             if progress.ended and batches.steps is not None:
                 warn(f"The data ended after {progress.batches} of {batches.steps} batches.")
-            most = before_call(progress.batches)
+            most = between(progress.batches)
 
         if skipped:
             warn(f"{skipped} of {progress.batches} steps were skipped: their loss or gradients were not finite.")
@@ -154,7 +154,7 @@ class Engine:
         batches: Batches,
         callbacks: keras.callbacks.CallbackList,
         folder: str | None = None,
-        before_call: Callable[[int], int | None] = lambda done: None,
+        between: Callable[[int], int | None] = lambda done: None,
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Runs an evaluation, and leaves all variables as they were: its values, and those of the parts of the loss."""
         step = self.tracer.compiled("test", batches.element_spec)
@@ -162,7 +162,7 @@ class Engine:
             self.metrics.reset(step.copies)
             self.runner.trainer.stop_evaluating = False
             callbacks.on_test_begin()
-            results, parts = self.run("test", batches, Progress(), callbacks, None, folder, before_call)
+            results, parts = self.run("test", batches, Progress(), callbacks, None, folder, between)
             with self.metrics.visible(step, callbacks.callbacks, results.get("loss")):
                 callbacks.on_test_end(results)
         return results, parts

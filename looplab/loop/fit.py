@@ -13,7 +13,7 @@ import numpy as np
 
 from looplab import checks
 from looplab.callbacks import EpochLine, ProgressBar
-from looplab.checkpoint import callbacks as memory
+from looplab.checkpoint import callbacks as callback_state
 from looplab.checkpoint import histories
 from looplab.checkpoint.policy import lower_is_better
 from looplab.checkpoint.snapshot import Asked
@@ -49,7 +49,10 @@ class Fit:
         """Trains, and returns the history."""
         engine, state = self.engine, self.engine.state
         asked = Asked(
-            self.epochs, self.train.described, engine.runner.objective.made_with, memory.settings(self.callbacks)
+            self.epochs,
+            self.train.described,
+            engine.runner.objective.made_with,
+            callback_state.settings(self.callbacks),
         )
         self.resume.check(asked)
         store, is_requested = self.resume.store, self.resume.is_requested
@@ -76,7 +79,7 @@ class Fit:
         engine, state, trainer = self.engine, self.engine.state, self.engine.runner.trainer
         events, store = engine.folder.events, self.resume.store
 
-        def before_call(done: int) -> int | None:
+        def between(done: int) -> int | None:
             """Saves if that is due, and returns after how many steps it is due again."""
             if done and store.is_due_after_step(state.steps):
                 saving.save()
@@ -93,14 +96,14 @@ class Fit:
             saving.start()  # restores after `on_train_begin`, in which callbacks reset themselves
             iterator: Any = None
             while state.epoch < self.epochs and (state.in_epoch or not trainer.stop_training):
-                if not state.in_epoch:  # not in an epoch that a run resumes
+                if not state.in_epoch:  # else the epoch has started before the checkpoint that was resumed
                     engine.metrics.reset()
                     callbacks.on_epoch_begin(state.epoch)
                     state.in_epoch = True
                 if iterator is None or not self.train.continues:
                     saving.starts = self.train.starts
                     iterator = self.train.iterate(state.epochs, state.progress.batches)
-                logs, parts = engine.run("train", self.train, state.progress, callbacks, iterator, "train", before_call)
+                logs, parts = engine.run("train", self.train, state.progress, callbacks, iterator, "train", between)
 
                 state.logs = logs
                 validation = self._validate(callbacks, saving, interrupts)
@@ -112,7 +115,8 @@ class Fit:
                     state.logs = logs | {f"val_{name}": value for name, value in values.items()}
                 callbacks.on_epoch_end(state.epoch, state.logs)
 
-                # The epoch is over: a checkpoint from here on resumes with the next one.
+                # The epoch is over: its means start again, as its metrics do above, and a checkpoint from here on
+                # resumes with the next one.
                 state.epoch, state.in_epoch = state.epoch + 1, False
                 state.progress = Progress(faults=state.progress.faults)
                 saving.starts = saving.starts if self.train.continues else self.train.starts

@@ -20,7 +20,7 @@ _MANY = 1000  # entries of a result that are no longer shown one by one
 
 
 class Source(NamedTuple):
-    """The metric that a value is the result of, and the keys that lead to it if the result is a dict."""
+    """Where a scalar comes from: a metric, and the keys or the place in its result that lead to the scalar."""
 
     metric: keras.Metric
     keys: tuple[Any, ...] = ()

@@ -59,7 +59,7 @@ class PassMetrics:
         results = {name: results.get(name, mean) for name, mean in progress.means.result().items()}
         mean = self._runner.objective.mean
         if kind == "train" and "loss" in results and mean not in self._runner.batch_metrics.updated[kind]:
-            mean.update_state(results["loss"])  # for callbacks that look it up among the metrics
+            mean.update_state(results["loss"])  # which `reset` has cleared; callbacks look it up among the metrics
         return results
 
     @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import keras
 
-from looplab.checkpoint import callbacks as memory
+from looplab.checkpoint import callbacks as callback_state
 from looplab.checkpoint import histories, snapshot
 from looplab.checkpoint.files import CheckpointError
 from looplab.checkpoint.policy import Checkpoint, lower_is_better
@@ -130,8 +130,8 @@ class Resume:
         engine.runner.trainer.stop_training = bool(then.stopped_by) and not continues
         if continues:
             then.callbacks[then.stopped_by] = {}  # the callback counts anew with its new settings
-        memory.restore(callbacks.callbacks, then.callbacks, path)
-        memory.rewind(callbacks.callbacks, then.appended)
+        callback_state.restore(callbacks.callbacks, then.callbacks, path)
+        callback_state.rewind(callbacks.callbacks, then.appended)
         engine.folder.events.rewind(then.files)
         self.store.drop_newer(path)
         if self._was_stopped:

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from looplab.checkpoint import callbacks as memory
+from looplab.checkpoint import callbacks as callback_state
 from looplab.checkpoint.snapshot import Asked, Snapshot, values_of
 from looplab.data.batches import Batches
 from looplab.loop.engine import Engine
@@ -58,18 +58,18 @@ class Saving:
         self._store = resume.store
         self._resume = resume
         self._saved_steps = 0 if resume.saved is None else resume.saved.snapshot.state.steps
-        self._at_first: list[memory.Attributes] = []  # of the callbacks, before and after `on_train_begin`
+        self._at_first: list[callback_state.Attributes] = []  # of the callbacks, before and after `on_train_begin`
         self._before_validation: dict[str, Any] = {}  # what of a snapshot a validation changes, as it was before
 
     def start(self) -> None:
         """Calls `on_train_begin` of the callbacks, and restores what was saved, which they would reset."""
         callbacks = self._callbacks.callbacks
-        self._at_first.append(memory.attributes(callbacks))
+        self._at_first.append(callback_state.attributes(callbacks))
         for callback in callbacks if self._resume.saved is not None else []:
             if isinstance(callback, keras.callbacks.CSVLogger):
                 callback.append = True  # it would overwrite its file
         self._callbacks.on_train_begin()
-        self._at_first.append(memory.attributes(callbacks))
+        self._at_first.append(callback_state.attributes(callbacks))
         self._resume.restore(self._callbacks, self._asked.epochs)
         self.has_news = True
 
@@ -127,8 +127,8 @@ class Saving:
             stopped_by=self._stopped_by(),
             starts=[self.starts, 0 if self._validation is None else self._validation.starts],
             files=before_validation["files"],
-            appended=memory.appended(callbacks),
-            callbacks=memory.changed(memory.attributes(callbacks), *self._at_first),
+            appended=callback_state.appended(callbacks),
+            callbacks=callback_state.changed(callback_state.attributes(callbacks), *self._at_first),
             variables=variables,
         )
 
@@ -142,5 +142,5 @@ class Saving:
         """The callback that has stopped the training; "" if none has."""
         if not self._engine.runner.trainer.stop_training:
             return ""
-        keyed = memory.by_key(self._callbacks.callbacks)
+        keyed = callback_state.by_key(self._callbacks.callbacks)
         return next((key for key, callback in keyed.items() if getattr(callback, "stopped_epoch", 0)), "a callback")

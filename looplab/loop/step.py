@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -24,7 +24,7 @@ LEARNING_RATE = "learning_rate"
 
 
 class Meaning(NamedTuple):
-    """What the scalars of a step are, by name."""
+    """Where the scalars of a step come from, and who sees them."""
 
     sources: dict[str, Source]
     """The metrics that scalars are results of."""
@@ -72,7 +72,7 @@ class StepRunner:
         trainer: Whose steps, metrics and trainable variables are used.
         objective: Its loss and metrics.
         variables: What it holds.
-        warnings: For what looks wrong and may be meant.
+        warnings: For what looks wrong but may be intended.
     """
 
     def __init__(self, trainer: Any, objective: Objective, variables: Variables, warnings: Warnings):
@@ -119,7 +119,8 @@ class StepRunner:
             if kind == "train" and self.class_weights is not None:
                 batch = self.class_weights.weigh(batch, plausible.targets_of(self.objective.loss), guard.report)
             returned = step_checks.step_logs(f"{kind}_step", function(batch))
-            named, parts = self._named(step, returned)
+            rates = self._learning_rates() if kind == "train" else {}
+            named, parts = self._named(step, returned, rates)
             values = {n: step_checks.scalar(f"`{kind}_step` returned", n, value) for n, value, *_ in named}
             self.variables.adopt("metrics", metrics.updated[kind])
             changed = guard.changed_otherwise(trainer.trainable_variables) if kind == "train" else []
@@ -131,7 +132,6 @@ class StepRunner:
             # Keras's means of the loss of each output weigh a smaller last batch like any other.
             by_output = self.objective.output_losses.values()
             sources = {one.name: one.source for one in named if one.source and one.source.metric not in by_output}
-            rates = self._learning_rates() if kind == "train" else {}
             meaning = Meaning(sources, frozenset(rates), frozenset(parts))
             logs = StepLogs({**rates, **values}, step.images, guard.fault(), weight, meaning)
             metrics.reset()
@@ -168,15 +168,19 @@ class StepRunner:
                 f"receives a gradient. To keep one constant, create it with trainable=False."
             )
 
-    def _named(self, step: context.Step, returned: dict[str, Any]) -> tuple[list[Named], list[str]]:
-        """All values of a step, and the names of those that are parts of the loss."""
+    def _named(
+        self, step: context.Step, returned: dict[str, Any], rates: Iterable[str]
+    ) -> tuple[list[Named], list[str]]:
+        """All values of a step but its learning rates, and the names of those that are parts of the loss."""
         assert step.metrics is not None
         origin = f"returned by `{step.kind}_step`"
         named = [one for name, value in returned.items() for one in step.metrics.named(name, value, origin)]
         named += [one for name, value in step.scalars.items() for one in step.metrics.named(name, value, "`self.log`")]
         named += step.metrics.not_returned()
         parts = [Named(f"{LOSS_PART}{n}", part, "a part of the loss") for n, part in step.ledger.all().items()]
-        step_checks.unique(f"{step.kind}_step", ((one.name, one.origin) for one in [*named, *parts]))
+        origins = [*((name, "the learning rate of an optimizer") for name in rates)]
+        origins += [(one.name, one.origin) for one in [*named, *parts]]
+        step_checks.unique(f"{step.kind}_step", origins)
         return [*named, *parts], [part.name for part in parts]
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:
