@@ -30,9 +30,9 @@ KERAS_TRAINER = next(kind for kind in keras.Model.__mro__ if "compile" in vars(k
 
 def compile_arguments(model: Any) -> dict[str, Any]:
     """What a model was compiled with; `get_compile_config` has only what can be serialized."""
-    loss, metrics = model._compile_loss, model._compile_metrics
+    loss, metrics, optimizer = model._compile_loss, model._compile_metrics, getattr(model, "optimizer", None)
     return {
-        "optimizer": getattr(model, "optimizer", None),
+        "optimizer": optimizer,
         "loss": None if loss is None else loss._user_loss,
         "loss_weights": None if loss is None else loss._user_loss_weights,
         "metrics": None if metrics is None else metrics._user_metrics,
@@ -40,6 +40,8 @@ def compile_arguments(model: Any) -> dict[str, Any]:
         "run_eagerly": model.run_eagerly,
         "steps_per_execution": model.steps_per_execution,
         "jit_compile": model.jit_compile,
+        # Where it matters, which is under the policy "mixed_float16"; Keras does not keep the argument.
+        "auto_scale_loss": optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer),
     }
 
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.walk import OURS, VARIABLES, Held, methods_of, walk
+from looplab.walk import OURS, VARIABLES, Held, marks, methods_of, walk
 
 
 class Variables:
@@ -34,10 +34,17 @@ class Variables:
 
     def walk(self) -> Iterator[Held]:
         """Each stateful object, once."""
-        own = {name: value for name, value in vars(self._owner).items() if name != OURS}
-        methods = {name: method for name, method in methods_of(self._owner).items() if name not in own}
         first = {"optimizer": None, "model": None}  # a compiled model has the same optimizer
-        return walk({**first, **self._roots, "adopted": self._adopted} | own | methods)
+        return walk({**first, **self._roots, "adopted": self._adopted} | self._searched())
+
+    def marks(self) -> list[Any]:
+        """What shows in little time that `walk` finds the same as before: see `walk.marks`."""
+        return marks(self._searched())
+
+    def _searched(self) -> dict[str, Any]:
+        """The attributes and methods of the owner, by name."""
+        own = {name: value for name, value in vars(self._owner).items() if name != OURS}
+        return own | {name: method for name, method in methods_of(self._owner).items() if name not in own}
 
     def trainable(self) -> list[Any]:
         """The trainable variables of all models, in the order of the attributes."""

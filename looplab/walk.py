@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.compat import all_layers
+from looplab.compat import all_layers, learning_rate
 
 OURS = "_looplab"
 """The attribute of a trainer that holds everything of looplab's; it is not searched."""
@@ -86,6 +86,34 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
 
     for name, value in attributes.items():
         yield from visit(name, value, True)
+
+
+def marks(attributes: dict[str, Any]) -> list[Any]:
+    """What `walk` would find with these attributes, and what a step's trace depends on, in a fraction of the time.
+
+    If each of the marks is the same object as before, so is everything that `walk` yields, unless a private attribute
+    of a layer has another variable or optimizer. A number, string or array is no mark.
+    """
+    found: list[Any] = []
+    pending, seen = [*attributes.values()], set()
+    for value in pending:  # which grows
+        if isinstance(value, _PLAIN) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        found.append(value)
+        if isinstance(value, keras.Layer):
+            for layer in all_layers(value):
+                found += [layer, layer.trainable]
+                if is_users(type(layer)):
+                    own = [inner for name, inner in vars(layer).items() if name[0] != "_"]
+                    pending += [inner for inner in own if isinstance(inner, (*VARIABLES, keras.Optimizer, list, dict))]
+        elif isinstance(value, keras.Optimizer):
+            found.append(learning_rate(value))
+        elif isinstance(value, VARIABLES):
+            found.append(value.trainable)
+        elif not isinstance(value, _LEAVES):
+            pending += [inner for _, inner in _members(value)]
+    return found
 
 
 def _is_trainable(variable: Any) -> bool:

@@ -28,6 +28,31 @@ class Gathered(NamedTuple):
         return gather(self.source.layout, self.source.tensors, self.rows)
 
 
+class Single:
+    """One batch, as an iterator: each time it returns the same one.
+
+    Args:
+        arrays: A structure of arrays with the same number of rows; None stays None.
+    """
+
+    def __init__(self, arrays: Any):
+        self._batch = tf.nest.map_structure(_to_tensor, arrays)
+        self.element_spec = tf.nest.map_structure(_spec_of, self._batch)
+        """The signature of a batch, with any number of rows."""
+
+    def get_next_as_optional(self) -> Single:
+        """The batch."""
+        return self
+
+    def has_value(self) -> bool:
+        """Whether there is a batch."""
+        return True
+
+    def get_value(self) -> Any:
+        """The batch."""
+        return self._batch
+
+
 class Resident:
     """An iterator over the batches of arrays, pass after pass.
 
@@ -42,7 +67,7 @@ class Resident:
         places = {key: index for index, key in enumerate(distinct)}
         self.layout = tf.nest.map_structure(lambda leaf: places.get(id(leaf), -1), arrays)
         """For each part of a batch, its place in `tensors`; -1 for None."""
-        self.tensors = [tf.convert_to_tensor(a) if isinstance(a, np.ndarray) else a for a in distinct.values()]
+        self.tensors = [_to_tensor(leaf) for leaf in distinct.values()]
         self.rows = int(self.tensors[0].shape[0])
         self.batch_size = batch_size
         self.batches = math.ceil(self.rows / batch_size)
@@ -57,13 +82,7 @@ class Resident:
     @property
     def tensor_specs(self) -> list[Any]:
         """The signatures of `tensors`, for any number of rows."""
-        specs = map(tf.type_spec_from_value, self.tensors)
-        return [
-            tf.RaggedTensorSpec([None, *spec.shape[1:]], spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
-            if isinstance(spec, tf.RaggedTensorSpec)
-            else tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
-            for spec in specs
-        ]
+        return [_spec_of(tensor) for tensor in self.tensors]
 
     @property
     def element_spec(self) -> Any:
@@ -127,3 +146,17 @@ def gather(layout: Any, tensors: list[Any], rows: tf.Tensor) -> Any:
 def structured(layout: Any, parts: list[Any], none: Any) -> Any:
     """The structure in which each place of `layout` is one of the parts."""
     return tf.nest.map_structure(lambda place: none if place < 0 else parts[place], layout)
+
+
+def _to_tensor(leaf: Any) -> Any:
+    return tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def _spec_of(tensor: Any) -> Any:
+    """The signature of a tensor, for any number of rows; that of None is its own."""
+    if isinstance(tensor, tf.Tensor):
+        return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype)
+    spec = tf.type_spec_from_value(tensor)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec([None, *spec.shape[1:]], spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
+    return spec

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.compat import of_one_replica, temporary_graph
-from looplab.data.resident import Resident, gather, rows_of
+from looplab.data.resident import Resident, Single, gather, rows_of
 from looplab.loop.context import recording
 from looplab.loop.graphs import Copies, captured, releasable, trace, written_variables
 from looplab.loop.step import Meaning, StepLogs
@@ -86,6 +86,7 @@ class Compiled:
         self._strategy = strategy
         self._stop = stop
         self._traced: Callable | None = None
+        self._alone: Callable | None = None
         self._on_arrays: dict[Any, Callable] = {}
         with recording():
             if strategy.num_replicas_in_sync > 1:
@@ -122,6 +123,8 @@ class Compiled:
             faulty: How many steps in a row before had a fault.
             most_faulty: How many steps in a row may have a fault: one more is the last step.
         """
+        if isinstance(iterator, Single) and not self.eager:
+            return self._logs(*self._on_single(iterator, first))
         numbers = (tf.constant(number, tf.int32) for number in (steps, faulty, most_faulty))
         counts = tf.constant(first, tf.int64), *numbers
         if self.eager:
@@ -133,6 +136,10 @@ class Compiled:
             if self._traced is None:
                 self._traced = tf.function(self._on_iterator).get_concrete_function(iterator, *counts)
             rows, pictures, batch = self._traced(iterator, *counts)
+        return self._logs(rows, pictures, batch)
+
+    def _logs(self, rows: tf.Tensor, pictures: tf.Tensor, batch: Any) -> CallLogs:
+        """What the tables of a call say."""
         table = rows.numpy().reshape(-1, 2 + len(self.names))  # without a step there are no columns
         images = [
             (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
@@ -248,6 +255,18 @@ class Compiled:
         data.skip(len(rows))
         return rows, pictures, last
 
+    def _on_single(self, data: Single, first: int) -> tuple[tf.Tensor, tf.Tensor, Any]:
+        """A single step, without a loop."""
+
+        def call(batch, first):
+            weight, scalars, images, fault, *_ = self._sound_step(batch, 0, 0)
+            return tf.stack([self._row(weight, scalars, fault)]), tf.stack([self._encoded(images, first)])
+
+        if self._alone is None:
+            self._alone = tf.function(call).get_concrete_function(self.element_spec, tf.TensorSpec((), tf.int64))
+        rows, pictures = self._alone(data.get_value(), tf.constant(first, tf.int64))
+        return rows, pictures, data
+
     def _tables(self, steps):
         """What a loop fills and counts: rows of numbers, encoded images, the steps done, and whether it continues."""
         size = 0 if self.eager else steps
@@ -264,13 +283,16 @@ class Compiled:
             The tables, how many steps in a row had a fault, and whether another step may follow.
         """
         weight, scalars, images, fault, faulty, continues = self._sound_step(batch, faulty, most_faulty)
-        values = [weight, _wide(fault), *(scalars[name] for name in self.names)]
-        rows = rows.write(done, tf.stack(values))
+        rows = rows.write(done, self._row(weight, scalars, fault))
         if self._image_names:
             pictures = pictures.write(done, self._encoded(images, first + tf.cast(done, tf.int64)))
         with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
             stops = tf.convert_to_tensor(self._stop)
         return rows, pictures, faulty, continues & ~stops
+
+    def _row(self, weight: tf.Tensor, scalars: dict[str, tf.Tensor], fault: tf.Tensor) -> tf.Tensor:
+        """The numbers of a step, in the order of the columns."""
+        return tf.stack([weight, _wide(fault), *(scalars[name] for name in self.names)])
 
     def _encoded(self, images: dict[str, tf.Tensor], number: tf.Tensor) -> tf.Tensor:
         """For each image name, a string: the images if they are due at this step, else ""."""

@@ -36,6 +36,7 @@ class Objective:
     def __init__(self, model: Any, given: dict[str, Any], doubts: Warnings) -> None:
         for argument in ("loss", "metrics", "weighted_metrics"):
             checks.known(argument, given.get(argument))
+        self._model, self._given = model, given
         self.compiled = compiled_model(model, given)
         """Knows how losses and metrics, given as names, lists or dicts, match the outputs."""
         self._bounded = ""  # the part of the loss that is at most 1 if targets are in the range of the outputs
@@ -55,13 +56,15 @@ class Objective:
         """The settings of the optimizer and the loss, in words."""
 
     @property
-    def current_mean(self) -> keras.Metric:
-        """The mean of the loss that the compiled model has now: another one once it is compiled again."""
-        return compile_parts(self.compiled)[2]
+    def marks(self) -> list[Any]:
+        """Of these objects, one is another as soon as the model is compiled, or compiled again."""
+        return [self.compiled.optimizer, compile_parts(self.compiled)[2], getattr(self._model, "compiled", None)]
 
     def follow(self) -> bool:
         """Uses what the model was compiled with since; returns whether it was."""
-        if (self._loss, self._metrics, self.mean) == compile_parts(self.compiled):
+        if self.compiled is not self._model and not self._given and compiled_with(self._model):
+            self.compiled = self._model
+        elif (self._loss, self._metrics, self.mean) == compile_parts(self.compiled):
             return False
         self._read()
         self.optimizer = self.compiled.optimizer

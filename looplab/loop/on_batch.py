@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from looplab.checkpoint.policy import Checkpoint
 from looplab.checkpoint.snapshot import Asked, Snapshot, values_of
-from looplab.data.arrays import leaves, to_arrays
-from looplab.data.resident import Resident
+from looplab.data.arrays import to_arrays
+from looplab.data.resident import Single
 from looplab.loop.engine import Engine
 from looplab.loop.resume import open_store
 from looplab.loop.weights import ClassWeights
@@ -53,14 +53,14 @@ class OnBatch:
 
     def predict(self, x: Any) -> Any:
         """The outputs for one batch."""
-        data = _one_batch(x)
+        data = Single(to_arrays("x", x))
         step = self._engine.tracer.recent("predict", data.element_spec)
         with self._engine.metrics.unchanged(step):
             logs, _, _ = self._engine.advance("predict", step, data, 1, Progress(), None)
         return tf.nest.map_structure(self._engine.gathered, logs.outputs)
 
     def _run(self, kind: str, arrays: tuple[Any, Any, Any], progress: Progress, folder: str | None) -> dict[str, Any]:
-        engine, data = self._engine, _one_batch(*arrays)
+        engine, data = self._engine, Single(to_arrays("x", *arrays))
         step = engine.tracer.recent(kind, data.element_spec)
         unchanged = engine.metrics.unchanged(step) if kind == "test" else contextlib.nullcontext()
         with unchanged:
@@ -95,8 +95,3 @@ class OnBatch:
             variables=variables,
         )
         self._store.commit(snapshot, None, engine.folder.events.files())
-
-
-def _one_batch(x: Any, y: Any = None, sample_weight: Any = None) -> Resident:
-    arrays = to_arrays("x", x, y, sample_weight)
-    return Resident(arrays, leaves(arrays)[0].shape[0], None)

@@ -53,7 +53,6 @@ class Tracer:
         self._signatures: dict[str, list[Any]] = {"train": [], "test": [], "predict": []}
         self._meanings: dict[str, Any] = {}  # by kind, what the scalars of the last trace are
         self._recent: dict[str, _Trace] = {}  # by kind, the step that ran last on a single batch
-        self._layers: list[keras.Layer] = []
 
     @property
     def is_built(self) -> bool:
@@ -61,7 +60,7 @@ class Tracer:
         return any(trace.key[0] == "train" for trace in self._traces)
 
     def recent(self, kind: str, element_spec: Any) -> Any:
-        """As `compiled`, in less time if the trainer has the same attributes, and its layers are frozen as before."""
+        """As `compiled`, in less time if nothing that shows without a search has changed since."""
         key = kind, self._runner.class_weights, element_spec
         with self._lock:
             seen, found = self._seen(), self._recent.get(kind)
@@ -72,10 +71,8 @@ class Tracer:
 
     def _seen(self) -> list[Any]:
         """What shows without a search that a trace may be outdated."""
-        trainer = self._runner.trainer
-        values = [value for name, value in vars(trainer).items() if name != OURS]
-        flags = [layer.trainable for layer in self._layers]
-        return [self._runner.objective.compiled.optimizer, self._runner.objective.current_mean, *values, *flags]
+        trainer, objective = self._runner.trainer, self._runner.objective
+        return [trainer.run_eagerly, trainer.jit_compile, *objective.marks, *self._runner.variables.marks()]
 
     def compiled(self, kind: str, element_spec: Any, eagerly: bool | None = None) -> Any:
         """The step for data of this signature; all variables that it needs exist afterwards.
@@ -162,12 +159,10 @@ class Tracer:
         """Everything that a user may replace or set between two calls of `fit`, and that a trace cannot follow."""
         runner = self._runner
         found: list[Any] = [runner.trainer.model, runner.objective.loss, runner.objective.mean]
-        self._layers = []
         for held in runner.variables.walk():
             found.append(held.thing)
             if isinstance(held.thing, keras.Layer):
                 for layer in all_layers(held.thing):
-                    self._layers.append(layer)
                     found += [layer, layer.trainable]
             elif isinstance(held.thing, (tf.Variable, keras.Variable)):
                 found.append(held.thing.trainable)
