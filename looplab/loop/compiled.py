@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from looplab.compat import of_one_replica, temporary_graph
 from looplab.data.resident import Resident, Single, gather, rows_of
+from looplab.loop.call_logs import CallLogs
 from looplab.loop.context import recording
 from looplab.loop.graphs import Copies, captured, releasable, trace, written_variables
 from looplab.loop.step import Meaning, StepLogs
 from looplab.summaries.writer import image_content
-
-
-class CallLogs(NamedTuple):
-    """What one graph call returns about the steps that it ran."""
-
-    done: int
-    """How many steps it ran: fewer than asked for at the end of the data, after a fault, or once `stop` is set."""
-    weights: np.ndarray
-    """float64, shape (done,): how many examples the batch of each step had."""
-    scalars: dict[str, np.ndarray]
-    """float64, shape (done,), by name: wide enough to hold each float32 and int32 exactly."""
-    images: list[tuple[int, str, list[bytes]]]
-    """(index of the step in this call, name, its images as `image_content` returns them)."""
-    faults: np.ndarray
-    """int, shape (done,): 0, or the code of each step's fault."""
-    batch: Any
-    """An optional of the last step's batch, or of nothing at the end of the data."""
-    outputs: Any = None
-    """Of a prediction: what the step returned."""
-
-    def first(self, steps: int) -> CallLogs:
-        """The logs of the first steps alone."""
-        scalars = {name: values[:steps] for name, values in self.scalars.items()}
-        images = [image for image in self.images if image[0] < steps]
-        return self._replace(
-            done=steps, weights=self.weights[:steps], scalars=scalars, images=images, faults=self.faults[:steps]
-        )
 
 
 class Compiled:
@@ -124,7 +97,7 @@ class Compiled:
             most_faulty: How many steps in a row may have a fault: one more is the last step.
         """
         if isinstance(iterator, Single) and not self.eager:
-            return self._logs(*self._on_single(iterator, first))
+            return CallLogs.of_tables(*self._on_single(iterator, first), self.names, self._image_names)
         numbers = (tf.constant(number, tf.int32) for number in (steps, faulty, most_faulty))
         counts = tf.constant(first, tf.int64), *numbers
         if self.eager:
@@ -136,20 +109,7 @@ class Compiled:
             if self._traced is None:
                 self._traced = tf.function(self._on_iterator).get_concrete_function(iterator, *counts)
             rows, pictures, batch = self._traced(iterator, *counts)
-        return self._logs(rows, pictures, batch)
-
-    def _logs(self, rows: tf.Tensor, pictures: tf.Tensor, batch: Any) -> CallLogs:
-        """What the tables of a call say."""
-        table = rows.numpy().reshape(-1, 2 + len(self.names))  # without a step there are no columns
-        images = [
-            (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
-            for index, row in enumerate(pictures.numpy())
-            for name, cell in zip(self._image_names, row, strict=True)
-            if cell
-        ]
-        weights, faults, *columns = table.T
-        scalars = dict(zip(self.names, columns, strict=True))
-        return CallLogs(len(table), weights, scalars, images, faults.astype(int), batch)
+        return CallLogs.of_tables(rows, pictures, batch, self.names, self._image_names)
 
     def _create_variables(self) -> None:
         """Runs the step in a graph that is then dropped; the variables that Keras created remain.

@@ -15,7 +15,7 @@ from looplab.callbacks import hooked_to_batches
 from looplab.data.arrays import unpack
 from looplab.data.batches import Batches, from_arguments
 from looplab.loop import step_checks
-from looplab.loop.compiled import CallLogs
+from looplab.loop.call_logs import CallLogs
 from looplab.loop.errors import raise_own
 from looplab.loop.guard import Fault
 from looplab.loop.objective import Objective

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from looplab.loop.compiled import CallLogs
+from looplab.loop.call_logs import CallLogs
 from looplab.loop.graphs import Copies, trace
 from looplab.loop.step import Meaning
 

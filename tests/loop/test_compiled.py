@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from looplab.loop.compiled import CallLogs, Compiled
+from looplab.loop.call_logs import CallLogs
+from looplab.loop.compiled import Compiled
 from looplab.loop.pace import Pace
 from looplab.loop.predictor import Predictor
 from looplab.loop.step import Meaning, StepLogs

@@ -1,0 +1,58 @@
+"""What one graph call returns about the steps that it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+
+class CallLogs(NamedTuple):
+    """What one graph call returns about the steps that it ran."""
+
+    done: int
+    """How many steps it ran: fewer than asked for at the end of the data, after a fault, or once `stop` is set."""
+    weights: np.ndarray
+    """float64, shape (done,): how many examples the batch of each step had."""
+    scalars: dict[str, np.ndarray]
+    """float64, shape (done,), by name: wide enough to hold each float32 and int32 exactly."""
+    images: list[tuple[int, str, list[bytes]]]
+    """(index of the step in this call, name, its images as `image_content` returns them)."""
+    faults: np.ndarray
+    """int, shape (done,): 0, or the code of each step's fault."""
+    batch: Any
+    """An optional of the last step's batch, or of nothing at the end of the data."""
+    outputs: Any = None
+    """Of a prediction: what the step returned."""
+
+    @classmethod
+    def of_tables(
+        cls, rows: tf.Tensor, pictures: tf.Tensor, batch: Any, names: Sequence[str], image_names: Sequence[str]
+    ) -> CallLogs:
+        """The logs of a call that returned these tables.
+
+        Args:
+            rows: float64, shape (done, 2 + names): the number of examples of each step, its fault, and its scalars.
+            pictures: Strings, shape (done, image_names): the images of each step, or "".
+            batch: The last one.
+            names, image_names: Those of the columns.
+        """
+        table = rows.numpy().reshape(-1, 2 + len(names))  # without a step there are no columns
+        images = [
+            (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
+            for index, row in enumerate(pictures.numpy())
+            for name, cell in zip(image_names, row, strict=True)
+            if cell
+        ]
+        weights, faults, *columns = table.T
+        return cls(len(table), weights, dict(zip(names, columns, strict=True)), images, faults.astype(int), batch)
+
+    def first(self, steps: int) -> CallLogs:
+        """The logs of the first steps alone."""
+        scalars = {name: values[:steps] for name, values in self.scalars.items()}
+        images = [image for image in self.images if image[0] < steps]
+        return self._replace(
+            done=steps, weights=self.weights[:steps], scalars=scalars, images=images, faults=self.faults[:steps]
+        )
