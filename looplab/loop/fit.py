@@ -226,7 +226,6 @@ def fit(
         validation_batch_size=validation_batch_size,
     )
     epochs = checks.limited(checks.whole(1, "epochs", epochs), "epochs", keras.config.max_epochs())
-    steps_per_epoch = checks.limited(steps_per_epoch, "steps_per_epoch", keras.config.max_steps_per_epoch())
     initial_epoch = checks.whole(0, "initial_epoch", initial_epoch)
     trainer.skip_nonfinite = checks.whole(0, "skip_nonfinite", trainer.skip_nonfinite)
     validation_freq = checks.validation_freq(validation_freq)
