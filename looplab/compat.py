@@ -27,6 +27,9 @@ NAMES = {
 KERAS_TRAINER = next(kind for kind in keras.Model.__mro__ if "compile" in vars(kind))
 """The class of all that Keras can compile and fit; `keras.Model` is a subclass, and layers may be."""
 
+APPLYING = next(kind for kind in keras.Optimizer.__mro__ if "apply" in vars(kind))
+"""The class of all optimizers that has the method `apply`; a subclass may override it."""
+
 
 def compile_arguments(model: Any) -> dict[str, Any]:
     """What a model was compiled with; `get_compile_config` has only what can be serialized."""

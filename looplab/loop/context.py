@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab.compat import Hooks
+from looplab.compat import APPLYING, Hooks
 from looplab.loop.guard import Guard
 from looplab.loop.losses import Ledger
 from looplab.loop.metrics import StepMetrics
@@ -99,16 +99,16 @@ def _call_loss(call: Callable[..., Any], loss: Any, y_true: Any, y_pred: Any, sa
     return call(loss, y_true, y_pred, sample_weight)
 
 
-def _apply(apply: Callable[..., Any], optimizer: Any, gradients: Any, variables: Any = None, **options: Any) -> Any:
+def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
     step = current()
     if step is not None and step.trains is not None:
-        step.trains(optimizer, variables)
+        step.trains(optimizer, trainable_variables)
         trains, step.trains = step.trains, None  # a `LossScaleOptimizer` applies another one
         try:
-            return apply(optimizer, gradients, variables, **options)
+            return apply(optimizer, grads, trainable_variables)
         finally:
             step.trains = trains
-    return apply(optimizer, gradients, variables, **options)
+    return apply(optimizer, grads, trainable_variables)
 
 
 _layers = Hooks(keras.Layer, {"add_loss": _add_loss})
@@ -118,4 +118,4 @@ _metrics = Hooks(
     subclasses=True,
 )
 _losses = Hooks(keras.Loss, {"__call__": _call_loss})
-_optimizers = Hooks(keras.Optimizer, {"apply": _apply}, subclasses=True)
+_optimizers = Hooks(APPLYING, {"apply": _apply}, subclasses=True)

@@ -184,9 +184,9 @@ class StepRunner:
         return [*named, *parts], [part.name for part in parts]
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:
-        """That of the trainer's `optimizer` as `learning_rate`, any other that steps use as `learning_rate/<path>`."""
+        """Of those that steps use, that of the trainer's `optimizer` as `learning_rate`, any other under its path."""
         return {
             LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): self._rates[id(optimizer)]
             for path, optimizer in self.variables.optimizers().items()
-            if id(optimizer) in self._rates and (path == "optimizer" or id(optimizer) in self.minimized)
+            if id(optimizer) in self._rates and id(optimizer) in self.minimized
         }
