@@ -16,7 +16,7 @@ from looplab.data.arrays import unpack
 from looplab.data.batches import Batches, from_arguments
 from looplab.loop import step_checks
 from looplab.loop.compiled import CallLogs
-from looplab.loop.errors import raise_own
+from looplab.loop.errors import NoBatchError, raise_own
 from looplab.loop.guard import Fault
 from looplab.loop.objective import Objective
 from looplab.loop.pace import Pace
@@ -132,14 +132,14 @@ class Engine:
                 raise self._fault(kind, batches.name, progress, logs)
             skipped += int((logs.faults != 0).sum())
             progress.ended = logs.done < asked and not bool(logs.batch.has_value())
-            if progress.ended and batches.steps is not None:
+            if progress.ended and progress.batches and batches.steps is not None:
                 warn(f"The data ended after {progress.batches} of {batches.steps} batches.")
             most = before_call(progress.batches)
 
         if skipped:
             warn(f"{skipped} of {progress.batches} steps were skipped: their loss or gradients were not finite.")
         if not progress.batches:
-            raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
+            raise NoBatchError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
         results = self.metrics.results(kind, step, progress)
         parts = {name: results.pop(name) for name in step.meaning.parts if name in results}
         return results, parts
@@ -153,7 +153,7 @@ class Engine:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Runs an evaluation, and leaves all variables as they were: its values, and those of the parts of the loss."""
         step = self.tracer.compiled("test", batches.element_spec)
-        with self.metrics.unchanged(step):
+        with self.metrics.unchanged(step), batches.reading():
             self.metrics.reset(step.copies)
             callbacks.on_test_begin()
             results, parts = self.run("test", batches, Progress(), callbacks, None, folder, before_call)
@@ -173,7 +173,7 @@ class Engine:
             outputs.append(rows)
             return rows
 
-        with self.metrics.unchanged(self.tracer.compiled("predict", batches.element_spec)):
+        with self.metrics.unchanged(self.tracer.compiled("predict", batches.element_spec)), batches.reading():
             callbacks.on_predict_begin()
             self.run("predict", batches, Progress(), callbacks, take_outputs=take)
             callbacks.on_predict_end()
@@ -281,5 +281,7 @@ def joined(*parts: Any) -> Any:
         lengths = [{*sizes} for sizes in zip(*shapes, strict=True)]
         ragged = max(axis for axis, sizes in enumerate(lengths) if axis > 0 and len(sizes) > 1)
         parts = tuple(tf.RaggedTensor.from_tensor(part, ragged_rank=ragged) for part in parts)
+    if any(isinstance(part, tf.SparseTensor) for part in parts):
+        return tf.sparse.to_dense(tf.sparse.concat(0, parts)).numpy()
     whole = tf.concat(parts, 0)
     return whole.numpy() if isinstance(whole, tf.Tensor) else whole

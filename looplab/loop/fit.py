@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -17,6 +17,7 @@ from looplab.checkpoint import histories
 from looplab.checkpoint.snapshot import Asked
 from looplab.data.batches import Batches
 from looplab.loop.engine import Engine
+from looplab.loop.errors import NoBatchError
 from looplab.loop.graphs import changed_tables
 from looplab.loop.interrupts import Interrupts
 from looplab.loop.metrics import lower_is_better
@@ -25,6 +26,7 @@ from looplab.loop.saving import Saving
 from looplab.loop.step import LEARNING_RATE
 from looplab.state import Progress
 from looplab.walk import overrides
+from looplab.warn import warn
 
 
 @dataclasses.dataclass
@@ -52,6 +54,9 @@ class Fit:
         store, is_requested = self.resume.store, self.resume.is_requested
         if self.train.unseeded and (store.saves or is_requested):
             checks.unseeded(self.train.unseeded, is_requested)
+        for data in (self.train, self.validation) if store.saves or is_requested else ():
+            if data is not None and data.inexact:
+                checks.inexact(data.name, data.inexact)
         shown = [EpochLine() if self.verbose == 2 else ProgressBar()] if self.verbose else []
         callbacks = keras.callbacks.CallbackList(
             [*self.callbacks, *shown],
@@ -89,15 +94,19 @@ class Fit:
             engine.folder.take(resumes=self.resume.newest is not None)
             saving.start()  # restores after `on_train_begin`, in which callbacks reset themselves
             iterator: Any = None
-            while state.epoch < self.epochs and (state.in_epoch or not trainer.stop_training):
+            has_ended = False  # data that cannot be read again
+            while state.epoch < self.epochs and not has_ended and (state.in_epoch or not trainer.stop_training):
                 if not state.in_epoch:  # not in an epoch that a run resumes
                     engine.metrics.reset()
                     callbacks.on_epoch_begin(state.epoch)
                     state.in_epoch = True
-                if iterator is None or not self.train.continues:
-                    saving.starts = self.train.starts
-                    iterator = self.train.iterate(state.epochs, state.progress.batches)
-                logs, parts = engine.run("train", self.train, state.progress, callbacks, iterator, "train", before_call)
+                try:
+                    iterator, logs, parts = self._read(iterator, callbacks, saving, before_call)
+                except NoBatchError:  # known only now, if the epoch before has read the last batch
+                    if not self.train.continues or state.epoch == self.first_epoch:
+                        raise
+                    state.in_epoch, has_ended = False, True
+                    continue
 
                 state.logs = logs
                 validation = self._validate(callbacks, saving, interrupts)
@@ -109,6 +118,7 @@ class Fit:
                     state.logs = logs | {f"val_{name}": value for name, value in values.items()}
                 callbacks.on_epoch_end(state.epoch, state.logs)
 
+                has_ended = self.train.continues and state.progress.ended
                 # The epoch is over: a checkpoint from here on resumes with the next one.
                 state.epoch, state.in_epoch = state.epoch + 1, False
                 state.progress = Progress(faults=state.progress.faults)
@@ -116,12 +126,39 @@ class Fit:
                 if store.is_due_after_epoch(state.epochs, saving.monitored()):
                     saving.save()
                 interrupts.check()
+            self._warn_if_ended(has_ended)
             saving.save()
             interrupts.check()
             saving.has_news = False  # a resumed run repeats what follows
             for optimizer, variables in engine.runner.minimized.values():
                 optimizer.finalize_variable_values(variables)  # as in Keras: with `use_ema`, averages become weights
             callbacks.on_train_end(state.logs)
+
+    def _read(
+        self,
+        iterator: Any,
+        callbacks: keras.callbacks.CallbackList,
+        saving: Saving,
+        before_call: Callable[[int], int | None],
+    ) -> tuple[Any, dict[str, float], dict[str, float]]:
+        """Trains for the rest of the running epoch: the iterator, and the values that `Engine.run` returns."""
+        state = self.engine.state
+        with self.train.reading():
+            if iterator is None or not self.train.continues:
+                saving.starts = self.train.starts
+                iterator = self.train.iterate(state.epochs, state.progress.batches)
+            return iterator, *self.engine.run(
+                "train", self.train, state.progress, callbacks, iterator, "train", before_call
+            )
+
+    def _warn_if_ended(self, has_ended: bool) -> None:
+        epoch = self.engine.state.epoch
+        if has_ended and epoch < self.epochs:
+            warn(
+                f"`{self.train.name}` has ended and cannot be read again: training ends after epoch {epoch} of "
+                f"{self.epochs}. Pass `steps_per_epoch` if its batches are meant for several epochs, or data that can "
+                f"be read again, such as a `keras.utils.PyDataset`."
+            )
 
     def _validate(
         self, callbacks: keras.callbacks.CallbackList, saving: Saving, interrupts: Interrupts
