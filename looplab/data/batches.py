@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from looplab.compat import is_loader
 from looplab.data import sources
-from looplab.data.arrays import is_arrays, to_arrays, unpack
+from looplab.data.arrays import is_arrays, leaves, to_arrays, unpack
 from looplab.data.iteration import Batches
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
 from looplab.data.resident import Resident, gather, rows_of
@@ -98,6 +98,11 @@ def changes(before: Any, after: Any) -> str:
 def _from_arrays(
     name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None, training: bool, replicas: int
 ) -> Batches:
+    if replicas > 1 and any(isinstance(leaf, tf.SparseTensor) for leaf in leaves(arrays)):
+        raise ValueError(
+            f"`{name}` has a sparse array, which TensorFlow cannot split among {replicas} replicas. Pass a dense one, "
+            f"or create the trainer outside of the strategy's scope."
+        )
     resident = Resident(arrays, batch_size, seed if shuffle else None)
     length = steps or resident.batches
 
@@ -185,8 +190,8 @@ def _from_py_dataset(
 
 
 def _from_distributed(name: str, dataset: Any, steps: int | None, training: bool) -> Batches:
-    size = int(dataset.cardinality)  # unlike that of `tf.data.Dataset`, it is not a method
-    if steps is None and size == tf.data.INFINITE_CARDINALITY:
+    # Its `cardinality` is that of the dataset on each worker, and unlike that of `tf.data.Dataset`, not a method.
+    if steps is None and int(dataset.cardinality) == tf.data.INFINITE_CARDINALITY:
         raise ValueError(_endless(name, "distributed dataset"))
     continues = steps is not None and training
 
@@ -194,7 +199,7 @@ def _from_distributed(name: str, dataset: Any, steps: int | None, training: bool
         used = (epoch * steps if steps and continues else 0) + batch
         return sources.ReadOnce(dataset, used) if used else dataset
 
-    return Batches(name, start, steps or (size if size > 0 else None), continues)
+    return Batches(name, start, steps, continues, inexact="is distributed already, so that its order is unknown")
 
 
 def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:
