@@ -153,6 +153,15 @@ def unseeded(what: str, resumes: bool) -> None:
     warn(text)
 
 
+def inexact(name: str, why: str) -> None:
+    """Warns of data whose state no checkpoint holds, and which is not random to TensorFlow."""
+    warn(
+        f"`{name}` {why}: a resumed training skips as many batches as were used, and continues exactly only if the "
+        f"data is the same as then. To be sure, pass arrays, a `tf.data.Dataset`, or a `keras.utils.PyDataset` whose "
+        f"batches depend on their index alone."
+    )
+
+
 def test_step(argument: str, trainer: Any) -> None:
     """Requires a way to evaluate: a subclass without a model must override `test_step` if it overrides `train_step`."""
     own = {name for name in ("train_step", "test_step", "__call__") if overrides(trainer, name)}

@@ -14,6 +14,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src import losses, metrics
+from keras.src.trainers import data_adapters
+from keras.src.trainers.data_adapters import data_adapter_utils
 
 # Keras
 
@@ -88,6 +90,40 @@ def is_structure_error(error: Exception) -> bool:
     files = [Path(frame.f_code.co_filename).stem for frame, _ in traceback.walk_tb(error.__traceback__)]
     _, found, deeper = "/".join(files).rpartition("compile_utils")
     return bool(found) and {*deeper.split("/")} <= {"", "tree_api", "optree_impl", "dmtree_impl", "ops"}
+
+
+class IteratorAdapter(data_adapters.GeneratorDataAdapter):
+    """Keras's dataset of the batches of iterators, whose signature is that of the first two batches.
+
+    Keras itself offers it only inside `fit`.
+
+    Args:
+        make: Returns an iterator over 1-tuples of batches.
+        restarts: Whether each iteration over the dataset has an iterator of its own; otherwise all share the first.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Any]], restarts: bool):
+        super().__init__(make())
+        if restarts:
+            self.generator = make
+
+
+PyDatasetAdapter = data_adapters.PyDatasetAdapter
+"""Keras's dataset of the batches of a `keras.utils.PyDataset`, with its workers; Keras offers it only inside `fit`."""
+
+
+def is_loader(x: Any) -> bool:
+    """Whether `x` is a `DataLoader` of PyTorch's or data of Grain's, without importing them."""
+    return data_adapters.is_torch_dataloader(x) or data_adapters.is_grain_dataset(x)
+
+
+def sparse_tensor(value: Any) -> tf.SparseTensor | None:
+    """A sparse matrix of TensorFlow, SciPy or JAX as a `tf.SparseTensor`; None for anything else."""
+    if isinstance(value, tf.SparseTensor):
+        return value
+    if data_adapter_utils.is_scipy_sparse(value):
+        return data_adapter_utils.scipy_sparse_to_tf_sparse(value.tocsr())  # which adds up what is there twice
+    return data_adapter_utils.jax_sparse_to_tf_sparse(value) if data_adapter_utils.is_jax_sparse(value) else None
 
 
 CALLBACK_OWN = ("params", "_model")

@@ -261,11 +261,9 @@ def test_function_whose_epochs_differ_in_length_is_trained_on_whole(line):
 
 FOURS = tf.data.Dataset.from_tensors((1, 2, 3, 4))
 ERRORS = {
-    "generator": (["`x`", "got generator", "from_generator"], lambda: batches_of(i for i in range(3))),
-    "set": (["`x`", "got set", "from_generator"], lambda: batches_of({1, 2})),
-    "PyDataset": (["`x`", "got PyDataset", "from_generator"], lambda: batches_of(keras.utils.PyDataset())),
+    "set": (["`x`", "a dataset, a generator", "got set"], lambda: batches_of({1, 2})),
     "range": (["`validation_data`", "got range"], lambda: batches_of(range(3), name="validation_data")),
-    "map as y": (["`y`", "got map", "from_generator"], lambda: batches_of(ROWS, map(int, ROWS))),
+    "map as y": (["`y`", "dict or tuple of arrays; got map"], lambda: batches_of(ROWS, map(int, ROWS))),
     "generator in a dict": (["`x['b']`", "got generator"], lambda: batches_of({"a": ROWS, "b": (i for i in ROWS)})),
     "number": (["`x`", "got float"], lambda: batches_of(3.0)),
     "array of one number": (["`x`", "first dimension", "single number"], lambda: batches_of(np.float32(3))),
@@ -305,7 +303,7 @@ def test_invalid_data_is_an_error_that_says_what_to_do(needles, call):
     "other", [{"y": ROWS}, {"sample_weight": ROWS}, {"batch_size": 2}], ids=lambda o: next(iter(o))
 )
 def test_nothing_else_is_passed_with_a_dataset(x, kind, other):
-    with pytest.raises(ValueError, match=f"`{next(iter(other))}` must not be given if `x` is.*{kind}.*be batches"):
+    with pytest.raises(ValueError, match=f"`{next(iter(other))}` must not be given if `x` yields.*{kind}.*be batches"):
         batches_of(x, **other)
 
 

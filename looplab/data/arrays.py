@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from looplab import compat
+
+_SOURCES = (tf.data.Dataset, tf.distribute.DistributedDataset, keras.utils.PyDataset, Iterator)
+
 
 def is_arrays(x: Any) -> bool:
-    """Whether `x` is neither a dataset nor a function that returns one."""
-    return not isinstance(x, tf.data.Dataset) and not callable(x)
+    """Whether `x` does not yield batches itself, and is not a function that returns a dataset."""
+    return not (isinstance(x, _SOURCES) or compat.is_loader(x) or callable(x))
 
 
 def to_arrays(name: str, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
@@ -25,7 +31,7 @@ def to_arrays(name: str, x: Any, y: Any = None, sample_weight: Any = None) -> An
     if x is None:
         raise ValueError(f"`{name}` must be the data to run on; got None.")
     parts = {name: x, "y": y, "sample_weight": sample_weight}
-    arrays = {part: _to_arrays(part, value) for part, value in parts.items()}
+    arrays = {part: converted(part, value) for part, value in parts.items()}
     lengths = {part: {leaf.shape[0] for leaf in leaves(value)} for part, value in arrays.items() if value is not None}
     if len(set.union(*lengths.values())) > 1:
         found = ", ".join(f"`{part}` has {' and '.join(map(str, sorted(n)))}" for part, n in lengths.items())
@@ -57,10 +63,17 @@ def split(arrays: Any, fraction: float) -> tuple[Any, Any]:
             f"Both must be at least 1."
         )
     first, last = (
-        tf.nest.map_structure(lambda a, part=part: a if a is None else a[part], arrays)
-        for part in (slice(cut), slice(cut, n))
+        tf.nest.map_structure(lambda a, part=part: a if a is None else _rows(a, *part), arrays)
+        for part in ((0, cut), (cut, n))
     )
     return first, last
+
+
+def _rows(array: Any, start: int, stop: int) -> Any:
+    if isinstance(array, tf.SparseTensor):
+        shape = array.shape.as_list()
+        return tf.sparse.slice(array, [start, *(0 for _ in shape[1:])], [stop - start, *shape[1:]])
+    return array[start:stop]
 
 
 def held_out(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, Any, Any, Any]:
@@ -71,21 +84,38 @@ def held_out(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, 
     return (*keras.utils.unpack_x_y_sample_weight(train), validation)
 
 
-def _to_arrays(part: str, value: Any) -> Any:
-    if value is None:  # an output without a target or a weight
+def converted(part: str, value: Any) -> Any:
+    """A structure of what users pass as arrays as the same structure of arrays, with tuples for lists.
+
+    Args:
+        part: What errors call it.
+        value: An array, a structure of arrays, or None.
+    """
+    if value is None:  # an input, an output or a weight that is not there
         return None
     if isinstance(value, dict):
-        return {key: _to_arrays(f"{part}[{key!r}]", inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)) and any(len(getattr(inner, "shape", ())) > 0 for inner in value):
-        return tuple(_to_arrays(f"{part}[{index}]", inner) for index, inner in enumerate(value))
-    if not hasattr(value, "__array__") and not isinstance(value, (list, tuple, tf.RaggedTensor)):
-        raise TypeError(
-            f"`{part}` must be an array, a dict or tuple of arrays, a `tf.data.Dataset`, or a function of the epoch "
-            f"that returns one; got {type(value).__name__}. Turn a generator function into a dataset: "
-            f"`tf.data.Dataset.from_generator(make_batches, output_signature=...)`."
-        )
+        return {key: converted(f"{part}[{key!r}]", inner) for key, inner in value.items()}
+    if _is_structure(value):
+        parts = [converted(f"{part}[{index}]", inner) for index, inner in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return _to_array(part, value)
+
+
+def _is_structure(value: Any) -> bool:
+    """Whether a list or tuple holds arrays, at any depth; otherwise it is one array itself."""
+    return isinstance(value, (list, tuple)) and any(
+        isinstance(inner, dict) or len(getattr(inner, "shape", ())) > 0 or _is_structure(inner) for inner in value
+    )
+
+
+def _to_array(part: str, value: Any) -> Any:
+    value = _plain(value)
+    if not hasattr(value, "__array__") and not isinstance(value, (list, tuple, *_OF_TENSORFLOW)):
+        may_yield = part in ("x", "validation_data")
+        others = ", a dataset, a generator, a `keras.utils.PyDataset` or a `DataLoader`" if may_yield else ""
+        raise TypeError(f"`{part}` must be an array, a dict or tuple of arrays{others}; got {type(value).__name__}.")
     try:
-        array = value if isinstance(value, (tf.Tensor, tf.RaggedTensor)) else np.asarray(value)
+        array = value if isinstance(value, _OF_TENSORFLOW) else np.asarray(value)
     except ValueError as error:
         raise TypeError(f"`{part}` must be an array; got a list whose rows differ in shape.") from error
     if len(array.shape) == 0:
@@ -97,5 +127,23 @@ def _to_arrays(part: str, value: Any) -> Any:
             )
         return tf.convert_to_tensor(array, tf.string)
     if tf.as_dtype(array.dtype).is_floating and array.dtype != keras.config.floatx():
-        array = tf.cast(array, keras.config.floatx()) if tf.is_tensor(array) else array.astype(keras.config.floatx())
+        is_numpy = isinstance(array, np.ndarray)
+        array = array.astype(keras.config.floatx()) if is_numpy else tf.cast(array, keras.config.floatx())
     return array
+
+
+_OF_TENSORFLOW = (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)
+
+
+def _plain(value: Any) -> Any:
+    """Of an array of another library, what TensorFlow or NumPy can take, as Keras converts it."""
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(value, pandas.Series):
+        return value.to_numpy()[:, None]
+    if pandas is not None and isinstance(value, pandas.DataFrame):
+        mixes = any(getattr(dtype, "kind", "") == "f" for dtype in value.dtypes) and len({*value.dtypes}) > 1
+        return (value.astype(keras.config.floatx()) if mixes else value).to_numpy()
+    if hasattr(value, "detach"):  # a tensor of PyTorch's
+        return value.detach().cpu()
+    sparse = compat.sparse_tensor(value)
+    return value if sparse is None else tf.sparse.reorder(sparse)

@@ -2,107 +2,22 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from looplab.data.arrays import is_arrays, to_arrays, unpack
+from looplab.compat import is_loader
+from looplab.data import sources
+from looplab.data.arrays import is_arrays, leaves, to_arrays, unpack
+from looplab.data.iteration import Batches
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
 from looplab.data.resident import Resident, gather, rows_of
-from looplab.warn import warn
 
 _BUFFER = 4  # batches that are prepared while the graph computes
-
-
-@dataclasses.dataclass
-class _Iterations:
-    """How often a dataset that shuffles in each iteration was iterated over; None if an iteration drew several orders.
-
-    TensorFlow draws the orders of such a dataset one after another: a resumed run has to draw those before its own.
-    """
-
-    done: int | None = 0
-    """In this process."""
-    missing: int | None = 0
-    """In the run that this process continues, in addition."""
-
-
-_iterations: weakref.WeakKeyDictionary[tf.data.Dataset, _Iterations] = weakref.WeakKeyDictionary()
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """Data as batches, epoch after epoch."""
-
-    name: str
-    """What errors call it."""
-    start: Callable[..., Any]
-    """`start(epoch, batch=0)`: the batches of that epoch, from that batch; both count from 0. Can be iterated over."""
-    steps: int | None
-    """Batches in an epoch; None if only the end of the data shows it."""
-    continues: bool
-    """Whether one iterator runs through all epochs; otherwise each epoch has its own."""
-    described: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What a resumed run must not change, as JSON holds it."""
-    element_spec: Any = None
-    """The signature of a batch."""
-    arrays: Any = None
-    """x, (x, y) or (x, y, sample_weight), if they were passed as arrays."""
-    unseeded: str = ""
-    """What is random in it without a seed; "" if nothing is."""
-    dataset: tf.data.Dataset | None = None
-    """The user's dataset, if it shuffles in each iteration."""
-    draws_several: bool = False
-    """Whether an iteration may draw several orders of `dataset`, or none; nobody counts them."""
-
-    @property
-    def starts(self) -> int | None:
-        """How often the run has iterated over its dataset, if that shuffles in each iteration; None if unknown."""
-        count = _Iterations() if self.dataset is None else _iterations.get(self.dataset, _Iterations())
-        return None if count.done is None or count.missing is None else count.done + count.missing
-
-    def iterate(self, epoch: int, batch: int = 0) -> Iterator:
-        """An iterator over `start(epoch, batch)`, in the order that it has in this run; warns if that is unknown."""
-        if self.dataset is not None:
-            count = _iterations.setdefault(self.dataset, _Iterations())
-            if count.missing is None:
-                warn(
-                    f"`{self.name}` shuffles in each iteration and is not read to its end, so a resumed run cannot "
-                    f"restore its order: pass reshuffle_each_iteration=False to `shuffle`."
-                )
-            for _ in range(count.missing or 0):
-                skipped = iter(self.dataset)
-                if not draws_at_start(self.dataset):
-                    collections.deque(skipped, maxlen=0)
-            starts = self.starts
-            count.done = None if starts is None or self.draws_several else starts + 1
-            count.missing = 0
-        return iter(self.start(epoch, batch))
-
-    def resume(self, starts: int | None) -> None:
-        """Lets the next iteration continue a run that has iterated over its dataset `starts` times.
-
-        Raises:
-            ValueError: This process has iterated over it more often.
-        """
-        if self.dataset is not None:
-            count = _iterations.setdefault(self.dataset, _Iterations())
-            if starts is None:
-                count.missing = None
-            elif count.done is None or count.done > starts:
-                raise ValueError(
-                    f"`{self.name}` is a dataset that shuffles in each iteration, and this process has already used "
-                    f"the order that the resumed run needs. Create the dataset again, or pass "
-                    f"reshuffle_each_iteration=False to `shuffle`."
-                )
-            else:
-                count.missing = starts - count.done
 
 
 def from_arguments(
@@ -118,7 +33,7 @@ def from_arguments(
     training_from: int | None = None,
     strategy: tf.distribute.Strategy,
 ) -> Batches:
-    """Batches from arrays, from a `tf.data.Dataset`, or from a function of the epoch that returns one.
+    """Batches from arrays, or from what yields batches: see `_from_source`.
 
     Args:
         name: What errors call `x`: "x" or "validation_data".
@@ -140,17 +55,18 @@ def from_arguments(
         others = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
         if given := [f"`{other}`" for other, value in others.items() if value is not None]:
             raise ValueError(
-                f"{', '.join(given)} must not be given if `{name}` is a dataset; `{name}` is a {type(x).__name__}. "
-                f"Let the dataset's elements be batches: x, (x, y) or (x, y, sample_weight)."
+                f"{', '.join(given)} must not be given if `{name}` yields batches itself; `{name}` is a "
+                f"{type(x).__name__}. Let its elements be batches: x, (x, y) or (x, y, sample_weight)."
             )
-        source = _from_dataset if isinstance(x, tf.data.Dataset) else _from_function
-        batches = source(name, x, steps, training)
+        batches = _from_source(name, x, steps, training_from, seed if shuffle else None)
 
     first_epoch = training_from or 0
     plain = batches.start(first_epoch, 0)
 
     def distributed(data: Any) -> Any:
-        return data if isinstance(data, Resident) else strategy.experimental_distribute_dataset(data)
+        if isinstance(data, tf.data.Dataset):
+            data = strategy.experimental_distribute_dataset(data)
+        return sources.ReadOnce(data) if batches.is_read_once else data
 
     first = distributed(plain)
 
@@ -162,7 +78,7 @@ def from_arguments(
         start=start,
         described={"signature": str(first.element_spec), **batches.described, "steps_per_epoch": batches.steps},
         element_spec=first.element_spec,
-        unseeded="" if isinstance(plain, Resident) else find_unseeded(plain),
+        unseeded=find_unseeded(plain) if isinstance(plain, tf.data.Dataset) else "",
     )
 
 
@@ -182,6 +98,11 @@ def changes(before: Any, after: Any) -> str:
 def _from_arrays(
     name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None, training: bool, replicas: int
 ) -> Batches:
+    if replicas > 1 and any(isinstance(leaf, tf.SparseTensor) for leaf in leaves(arrays)):
+        raise ValueError(
+            f"`{name}` has a sparse array, which TensorFlow cannot split among {replicas} replicas. Pass a dense one, "
+            f"or create the trainer outside of the strategy's scope."
+        )
     resident = Resident(arrays, batch_size, seed if shuffle else None)
     length = steps or resident.batches
 
@@ -211,6 +132,76 @@ def _pipeline(resident: Resident, first: int) -> tf.data.Dataset:
     return gathered.prefetch(_BUFFER).with_options(options)
 
 
+def _from_source(name: str, x: Any, steps: int | None, training_from: int | None, seed: int | None) -> Batches:
+    """Batches from a dataset, a PyDataset, a loader, an iterator, or a function of the epoch."""
+    training = training_from is not None
+    if isinstance(x, tf.data.Dataset):
+        return _from_dataset(name, x, steps, training)
+    if isinstance(x, keras.utils.PyDataset):
+        return _from_py_dataset(name, x, steps, training, seed)
+    if isinstance(x, tf.distribute.DistributedDataset):
+        return _from_distributed(name, x, steps, training)
+    if isinstance(x, Iterator):
+        return _from_iterator(name, x, steps, training_from)
+    if is_loader(x):
+        failures: list[Exception] = []
+        batches = _from_dataset(name, sources.dataset_of(name, x, failures), steps, training)
+        sampler = sources.sampler_of(x)
+        inexact = f"is read in an order that no checkpoint can hold ({sampler})" if sampler else ""
+        return dataclasses.replace(batches, steps=steps or sources.length(x), inexact=inexact, failures=failures)
+    return _from_function(name, x, steps, training)
+
+
+def _from_iterator(name: str, iterator: Iterator[Any], steps: int | None, training_from: int | None) -> Batches:
+    failures: list[Exception] = []
+    dataset = sources.dataset_of(name, iterator, failures)
+    is_kept = name == "validation_data" and steps is None  # each evaluation needs all batches
+    if is_kept:
+        dataset = dataset.cache()
+
+    def start(epoch: int, batch: int) -> tf.data.Dataset:
+        epochs = epoch - (training_from or 0)
+        if steps is None and epochs:
+            return dataset.take(0)  # the first epoch has read all
+        used = epochs * (steps or 0) + batch
+        return dataset.skip(used) if used else dataset
+
+    inexact = "" if is_kept else f"is an iterator ({type(iterator).__name__}), whose position no checkpoint can hold"
+    continues = training_from is not None
+    return Batches(name, start, steps, continues, inexact=inexact, is_read_once=not is_kept, failures=failures)
+
+
+def _from_py_dataset(
+    name: str, batches: keras.utils.PyDataset, steps: int | None, training: bool, seed: int | None
+) -> Batches:
+    source = sources.PyDatasetSource(name, batches, steps, seed, training)
+    hooks = sources.overridden_hooks(batches)
+    return Batches(
+        name,
+        source.start,
+        source.steps,
+        continues=False,
+        described={"batches": source.size, "shuffle": seed is not None},
+        inexact=f"has its own {' and '.join(hooks)}, and no checkpoint can hold what they change" if hooks else "",
+        failures=source.failures,
+        on_begin=source.on_begin,
+        on_end=source.on_end,
+    )
+
+
+def _from_distributed(name: str, dataset: Any, steps: int | None, training: bool) -> Batches:
+    # Its `cardinality` is that of the dataset on each worker, and unlike that of `tf.data.Dataset`, not a method.
+    if steps is None and int(dataset.cardinality) == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(_endless(name, "distributed dataset"))
+    continues = steps is not None and training
+
+    def start(epoch: int, batch: int) -> Any:
+        used = (epoch * steps if steps and continues else 0) + batch
+        return sources.ReadOnce(dataset, used) if used else dataset
+
+    return Batches(name, start, steps, continues, inexact="is distributed already, so that its order is unknown")
+
+
 def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:
     size = _size(name, dataset, steps)
     continues = steps is not None and training
@@ -226,6 +217,11 @@ def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, traini
 
 
 def _from_function(name: str, function: Callable[[int], tf.data.Dataset], steps: int | None, training: bool) -> Batches:
+    if inspect.isgeneratorfunction(function):
+        raise TypeError(
+            f"`{name}` is a generator function: pass the generator that it returns, as in `fit(make_batches())`, or a "
+            f"function of the epoch that returns a `tf.data.Dataset`."
+        )
     try:
         inspect.signature(function).bind(0)
     except TypeError as error:
@@ -264,6 +260,10 @@ def _size(name: str, dataset: tf.data.Dataset, steps: int | None) -> int | None:
     if size == 0:
         raise ValueError(f"`{name}` is an empty dataset. Pass at least one batch.")
     if steps is None and size == tf.data.INFINITE_CARDINALITY:
-        argument = "steps_per_epoch" if name == "x" else "validation_steps"
-        raise ValueError(f"`{name}` is an endless dataset: pass as `{argument}` how many batches an epoch has.")
+        raise ValueError(_endless(name, "dataset"))
     return size if size > 0 else None
+
+
+def _endless(name: str, kind: str) -> str:
+    argument = "steps_per_epoch" if name == "x" else "validation_steps"
+    return f"`{name}` is an endless {kind}: pass as `{argument}` how many batches an epoch has."

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.data.arrays import leaves
+from looplab.data.sparse import SparseRows
 
 
 class Gathered(NamedTuple):
@@ -67,8 +68,8 @@ class Resident:
         places = {key: index for index, key in enumerate(distinct)}
         self.layout = tf.nest.map_structure(lambda leaf: places.get(id(leaf), -1), arrays)
         """For each part of a batch, its place in `tensors`; -1 for None."""
-        self.tensors = [_to_tensor(leaf) for leaf in distinct.values()]
-        self.rows = int(self.tensors[0].shape[0])
+        self.tensors = [_gatherable(leaf) for leaf in distinct.values()]
+        self.rows = int(next(iter(distinct.values())).shape[0])
         self.batch_size = batch_size
         self.batches = math.ceil(self.rows / batch_size)
         """In a pass."""
@@ -87,7 +88,8 @@ class Resident:
     @property
     def element_spec(self) -> Any:
         """The signature of a batch."""
-        return structured(self.layout, self.tensor_specs, none=tf.type_spec_from_value(None))
+        specs = [t.batch_signature if isinstance(t, SparseRows) else _spec_of(t) for t in self.tensors]
+        return structured(self.layout, specs, none=tf.type_spec_from_value(None))
 
     @property
     def left(self) -> int:
@@ -109,11 +111,7 @@ class Resident:
 
     def order_of(self, number: Any) -> tf.Tensor:
         """The order of a pass."""
-        rows = tf.range(self.rows, dtype=tf.int64)
-        if self._seed is None:
-            return rows
-        seeds = tf.stack([tf.constant(self._seed, tf.int64), tf.cast(number, tf.int64)])
-        return tf.random.experimental.stateless_shuffle(rows, seeds)
+        return tf.range(self.rows, dtype=tf.int64) if self._seed is None else shuffled(self.rows, self._seed, number)
 
     def ahead(self, batches: int) -> Gathered:
         """The batch of this pass that comes some batches after the next one."""
@@ -132,6 +130,12 @@ class Resident:
         return self.get_next_as_optional().get_value()
 
 
+def shuffled(size: int, seed: int, number: Any) -> tf.Tensor:
+    """The whole numbers below `size`, in an order that depends on the seed and the number of the pass alone."""
+    seeds = tf.stack([tf.constant(seed, tf.int64), tf.cast(number, tf.int64)])
+    return tf.random.experimental.stateless_shuffle(tf.range(size, dtype=tf.int64), seeds)
+
+
 def rows_of(order: tf.Tensor, batch: tf.Tensor, batch_size: Any) -> tf.Tensor:
     """The rows of a batch of a pass with this order."""
     first, size = tf.cast(batch, tf.int64), tf.cast(batch_size, tf.int64)
@@ -140,7 +144,8 @@ def rows_of(order: tf.Tensor, batch: tf.Tensor, batch_size: Any) -> tf.Tensor:
 
 def gather(layout: Any, tensors: list[Any], rows: tf.Tensor) -> Any:
     """The batch with these rows."""
-    return structured(layout, [tf.gather(tensor, rows) for tensor in tensors], none=None)
+    parts = [tensor.batch(rows) if isinstance(tensor, SparseRows) else tf.gather(tensor, rows) for tensor in tensors]
+    return structured(layout, parts, none=None)
 
 
 def structured(layout: Any, parts: list[Any], none: Any) -> Any:
@@ -148,14 +153,23 @@ def structured(layout: Any, parts: list[Any], none: Any) -> Any:
     return tf.nest.map_structure(lambda place: none if place < 0 else parts[place], layout)
 
 
-def _to_tensor(leaf: Any) -> Any:
-    return tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+def _gatherable(array: Any) -> Any:
+    """An array in a form whose rows the graph can gather."""
+    if isinstance(array, tf.SparseTensor):
+        return SparseRows.of(array)
+    return _to_tensor(array)
+
+
+def _to_tensor(array: Any) -> Any:
+    return tf.convert_to_tensor(array) if isinstance(array, np.ndarray) else array
 
 
 def _spec_of(tensor: Any) -> Any:
     """The signature of a tensor, for any number of rows; that of None is its own."""
     if isinstance(tensor, tf.Tensor):
         return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype)
+    if isinstance(tensor, SparseRows):
+        return tensor.signature
     spec = tf.type_spec_from_value(tensor)
     if isinstance(spec, tf.RaggedTensorSpec):
         return tf.RaggedTensorSpec([None, *spec.shape[1:]], spec.dtype, spec.ragged_rank, spec.row_splits_dtype)

@@ -56,3 +56,15 @@ class CallLogs(NamedTuple):
         return self._replace(
             done=steps, weights=self.weights[:steps], scalars=scalars, images=images, faults=self.faults[:steps]
         )
+
+    def faults_in_a_row(self, before: int, most: int) -> tuple[int, bool]:
+        """How many of the last steps in a row were skipped, and whether the last step ends the pass.
+
+        Args:
+            before: How many steps in a row were skipped before this call.
+            most: How many may be.
+        """
+        sound = self.faults == 0
+        in_a_row = int(sound[::-1].argmax()) if sound.any() else before + self.done
+        stops = self.done > 0 and bool(self.faults[-1] < 0 or in_a_row > most)
+        return in_a_row - stops, stops  # the one that ends the pass is not skipped

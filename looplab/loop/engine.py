@@ -16,7 +16,7 @@ from looplab.data.arrays import unpack
 from looplab.data.batches import Batches, from_arguments
 from looplab.loop import step_checks
 from looplab.loop.call_logs import CallLogs
-from looplab.loop.errors import raise_own
+from looplab.loop.errors import NoBatchError, raise_own
 from looplab.loop.guard import Fault
 from looplab.loop.objective import Objective
 from looplab.loop.outputs import joined
@@ -143,14 +143,14 @@ class Engine:
                 raise self.fault(kind, batches.name, progress, logs)
             skipped += int((logs.faults != 0).sum())
             progress.ended = logs.done < asked and not bool(logs.batch.has_value())
-            if progress.ended and batches.steps is not None:
+            if progress.ended and progress.batches and batches.steps is not None:
                 warn(f"The data ended after {progress.batches} of {batches.steps} batches.")
             most = between(progress.batches)
 
         if skipped:
             warn(f"{skipped} of {progress.batches} steps were skipped: their loss or gradients were not finite.")
         if not progress.batches:
-            raise ValueError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
+            raise NoBatchError(f"The data for `{kind}_step` has no batch: it ended at once. Pass at least one.")
         results = self.metrics.results(kind, step, progress)
         parts = {name: results.pop(name) for name in step.meaning.parts if name in results}
         return step.meaning.whole(results), parts
@@ -164,7 +164,7 @@ class Engine:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Runs an evaluation, and leaves all variables as they were: its values, and those of the parts of the loss."""
         step = self.tracer.compiled("test", batches.element_spec)
-        with self.metrics.unchanged(step):
+        with self.metrics.unchanged(step), batches.reading():
             self.metrics.reset(step.copies)
             self.runner.trainer.stop_evaluating = False
             callbacks.on_test_begin()
@@ -185,7 +185,7 @@ class Engine:
             outputs.append(rows)
             return rows
 
-        with self.metrics.unchanged(self.tracer.compiled("predict", batches.element_spec)):
+        with self.metrics.unchanged(self.tracer.compiled("predict", batches.element_spec)), batches.reading():
             self.runner.trainer.stop_predicting = False
             callbacks.on_predict_begin()
             self.run("predict", batches, Progress(), callbacks, take_outputs=take)
@@ -203,7 +203,7 @@ class Engine:
         """
         started = time.time()
         logs = self._call(kind, step, iterator, steps, progress)
-        progress.faults, stops = _faults_in_a_row(progress.faults, logs, self.runner.trainer.skip_nonfinite)
+        progress.faults, stops = logs.faults_in_a_row(progress.faults, self.runner.trainer.skip_nonfinite)
         sound = logs.first(logs.done - 1) if stops else logs
         self._count(kind, step, progress, sound, folder, started)
         return logs, sound, stops
@@ -275,14 +275,6 @@ class Engine:
     def gathered(self, value: Any) -> Any:
         """The rows of all replicas, in order."""
         return joined(*self.runner.strategy.experimental_local_results(value))
-
-
-def _faults_in_a_row(before: int, logs: CallLogs, most: int) -> tuple[int, bool]:
-    """How many of the last steps in a row were skipped, and whether the last step ends the pass."""
-    sound = logs.faults == 0
-    in_a_row = int(sound[::-1].argmax()) if sound.any() else before + logs.done
-    stops = logs.done > 0 and bool(logs.faults[-1] < 0 or in_a_row > most)
-    return in_a_row - stops, stops  # the one that ends the pass is not skipped
 
 
 def _begin_batch(kind: str, hooks: Sequence[Any], number: int) -> None:

@@ -7,6 +7,10 @@ import traceback
 _WRAPPED = "in user code:"  # the start of AutoGraph's errors, whose tracebacks TensorFlow filters
 
 
+class NoBatchError(ValueError):
+    """The data of a pass has no batch."""
+
+
 def raise_own(error: BaseException) -> None:
     """Raises the error of looplab that TensorFlow or Keras have wrapped in `error`, if there is one.
 

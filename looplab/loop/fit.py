@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ from looplab.checkpoint.snapshot import Asked
 from looplab.data.arrays import held_out, is_arrays
 from looplab.data.batches import Batches
 from looplab.loop.engine import Engine
+from looplab.loop.errors import NoBatchError
 from looplab.loop.graphs import changed_tables
 from looplab.loop.interrupts import Interrupts
 from looplab.loop.resume import Resume
@@ -28,6 +29,7 @@ from looplab.loop.step import LEARNING_RATE
 from looplab.loop.weights import ClassWeights
 from looplab.state import Progress
 from looplab.walk import overrides
+from looplab.warn import warn
 
 
 @dataclasses.dataclass
@@ -58,6 +60,9 @@ class Fit:
         store, is_requested = self.resume.store, self.resume.is_requested
         if self.train.unseeded and (store.saves or is_requested):
             checks.unseeded(self.train.unseeded, is_requested)
+        for data in (self.train, self.validation) if store.saves or is_requested else ():
+            if data is not None and data.inexact:
+                checks.inexact(data.name, data.inexact)
         shown = [EpochLine() if self.verbose == 2 else ProgressBar()] if self.verbose else []
         callbacks = keras.callbacks.CallbackList(
             [*self.callbacks, *shown],
@@ -95,15 +100,19 @@ class Fit:
             engine.folder.take(resumes=self.resume.newest is not None)
             saving.start()  # restores after `on_train_begin`, in which callbacks reset themselves
             iterator: Any = None
-            while state.epoch < self.epochs and (state.in_epoch or not trainer.stop_training):
+            has_ended = False  # data that cannot be read again
+            while state.epoch < self.epochs and not has_ended and (state.in_epoch or not trainer.stop_training):
                 if not state.in_epoch:  # else the epoch has started before the checkpoint that was resumed
                     engine.metrics.reset()
                     callbacks.on_epoch_begin(state.epoch)
                     state.in_epoch = True
-                if iterator is None or not self.train.continues:
-                    saving.starts = self.train.starts
-                    iterator = self.train.iterate(state.epochs, state.progress.batches)
-                logs, parts = engine.run("train", self.train, state.progress, callbacks, iterator, "train", between)
+                try:
+                    iterator, logs, parts = self._read(iterator, callbacks, saving, between)
+                except NoBatchError:  # known only now, if the epoch before has read the last batch
+                    if not self.train.continues or state.epoch == self.first_epoch:
+                        raise
+                    state.in_epoch, has_ended = False, True
+                    continue
 
                 state.logs = logs
                 validation = self._validate(callbacks, saving, interrupts)
@@ -115,6 +124,7 @@ class Fit:
                     state.logs = logs | {f"val_{name}": value for name, value in values.items()}
                 callbacks.on_epoch_end(state.epoch, state.logs)
 
+                has_ended = self.train.continues and state.progress.ended
                 # The epoch is over: its means start again, as its metrics do above, and a checkpoint from here on
                 # resumes with the next one.
                 state.epoch, state.in_epoch = state.epoch + 1, False
@@ -123,12 +133,39 @@ class Fit:
                 if store.is_due_after_epoch(state.epochs, saving.monitored()):
                     saving.save()
                 interrupts.check()
+            self._warn_if_ended(has_ended)
             saving.save()
             interrupts.check()
             saving.has_news = False  # a resumed run repeats what follows
             for optimizer, variables in engine.runner.minimized.values():
                 optimizer.finalize_variable_values(variables)  # as in Keras: with `use_ema`, averages become weights
             callbacks.on_train_end(state.logs)
+
+    def _read(
+        self,
+        iterator: Any,
+        callbacks: keras.callbacks.CallbackList,
+        saving: Saving,
+        between: Callable[[int], int | None],
+    ) -> tuple[Any, dict[str, float], dict[str, float]]:
+        """Trains for the rest of the running epoch: the iterator, and the values that `Engine.run` returns."""
+        state = self.engine.state
+        with self.train.reading():
+            if iterator is None or not self.train.continues:
+                saving.starts = self.train.starts
+                iterator = self.train.iterate(state.epochs, state.progress.batches)
+            return iterator, *self.engine.run(
+                "train", self.train, state.progress, callbacks, iterator, "train", between
+            )
+
+    def _warn_if_ended(self, has_ended: bool) -> None:
+        epoch = self.engine.state.epoch
+        if has_ended and epoch < self.epochs:
+            warn(
+                f"`{self.train.name}` has ended and cannot be read again: training ends after epoch {epoch} of "
+                f"{self.epochs}. Pass `steps_per_epoch` if its batches are meant for several epochs, or data that can "
+                f"be read again, such as a `keras.utils.PyDataset`."
+            )
 
     def _validate(
         self, callbacks: keras.callbacks.CallbackList, saving: Saving, interrupts: Interrupts
@@ -218,7 +255,7 @@ def fit(
     resume: Any,
 ) -> keras.callbacks.History:
     """Checks the arguments of `Trainer.fit`, and runs it or skips it."""
-    trainer, state = engine.runner.trainer, engine.state
+    trainer = engine.runner.trainer
     batch_size, steps_per_epoch, validation_steps, validation_batch_size = checks.positive(
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
@@ -237,7 +274,7 @@ def fit(
         x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
     with engine.folder.owned(resume):
         found = Resume(engine, trainer.checkpoint, resume)
-        first = max(state.epochs, initial_epoch)
+        first = found.first_epoch(initial_epoch)
         train = engine.batches(
             "x", x, y, sample_weight, batch_size, shuffle=shuffle, steps=steps_per_epoch, training_from=first
         )

@@ -67,6 +67,13 @@ class Resume:
         then = None if self.saved is None else self.saved.snapshot
         return then is not None and bool(then.stopped_by) and not then.state.in_epoch
 
+    def first_epoch(self, initial_epoch: int) -> int:
+        """How many epochs the trainer had completed when the call started for the first time."""
+        if self.saved is None:
+            return max(self._engine.state.epochs, initial_epoch)
+        state = self.saved.snapshot.state
+        return max(state.epochs - state.epoch + initial_epoch, 0)
+
     def check(self, now: Asked) -> None:
         """Compares what the call is asked for with what it was asked for; warns if the loss or optimizer differs.
 

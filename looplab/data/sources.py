@@ -1,0 +1,193 @@
+"""Data that yields batches from Python: generators, loaders of other libraries, and `keras.utils.PyDataset`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from looplab.compat import IteratorAdapter, PyDatasetAdapter
+from looplab.data.arrays import converted
+from looplab.data.resident import shuffled
+
+ENDLESS = 2**31
+"""Lengths from here on mean that data has no end."""
+
+
+def dataset_of(name: str, source: Any, failures: list[Exception]) -> tf.data.Dataset:
+    """The batches of a generator or loader, whose signature is that of the first two batches.
+
+    Args:
+        name: What errors call the source.
+        source: An iterator, which all iterations over the dataset share, or what can be iterated over several times.
+        failures: Is filled with the exceptions that the source raises.
+
+    Raises:
+        ValueError: It has no batch.
+    """
+    restarts = not isinstance(source, Iterator)
+
+    def batches() -> Iterator[tuple[Any]]:
+        with recorded(failures):
+            for batch in source:
+                yield (converted(f"{name}: batch", batch),)
+
+    first = list(itertools.islice(batches(), 1))
+    if not first:
+        fix = "Pass at least one." if restarts else "If it was read before, create it again."
+        raise ValueError(f"`{name}` must yield at least one batch; this {type(source).__name__} yields none. {fix}")
+    adapter = IteratorAdapter(batches if restarts else lambda: itertools.chain(first, batches()), restarts)
+    return _batches(adapter)
+
+
+@contextlib.contextmanager
+def recorded(failures: list[Exception]) -> Iterator[None]:
+    """Inside it, exceptions are recorded, because TensorFlow turns them into errors of its own."""
+    try:
+        yield
+    except Exception as failure:
+        failures.append(failure)
+        raise
+
+
+def length(source: Any) -> int | None:
+    """The number of batches of a loader; None if it has no end, or does not know it."""
+    try:
+        batches = len(source)
+    except TypeError:
+        return None
+    return batches if batches < ENDLESS else None
+
+
+def sampler_of(source: Any) -> str:
+    """What decides the order of a PyTorch `DataLoader`; "" for a sequential one, and for any other source."""
+    found = (type(getattr(source, name, None)).__name__ for name in ("sampler", "batch_sampler"))
+    known = ("NoneType", "SequentialSampler", "BatchSampler")
+    return next((name for name in found if name not in known), "")
+
+
+class ReadOnce:
+    """Batches that can be read only once: all iterations share one iterator.
+
+    Args:
+        batches: A dataset, possibly a distributed one.
+        skip: How many batches to skip.
+    """
+
+    def __init__(self, batches: Any, skip: int = 0):
+        self.element_spec = batches.element_spec
+        self._batches = batches
+        self._skip = skip
+        self._iterator: Any = None
+
+    def __iter__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self._batches)
+            for _ in range(self._skip):
+                self._iterator.get_next_as_optional()
+        return self._iterator
+
+
+class Ordered(keras.utils.PyDataset):
+    """The batches of a PyDataset in the order of `indices`."""
+
+    def __init__(self, name: str, batches: keras.utils.PyDataset):
+        super().__init__(batches.workers, batches.use_multiprocessing, batches.max_queue_size)
+        self.indices: list[int] = []
+        self.failures: list[Exception] = []
+        """What reading the batches raised."""
+        self._name = name
+        self._batches = batches
+        self.on_epoch_begin = batches.on_epoch_begin
+        self.on_epoch_end = batches.on_epoch_end
+
+    @property
+    def num_batches(self) -> int:  # noqa: D102
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any]:
+        with recorded(self.failures):
+            return (converted(f"{self._name}: batch", self._batches[self.indices[index]]),)
+
+
+class PyDatasetSource:
+    """The batches of a `keras.utils.PyDataset`, in an order that depends on the seed and the pass alone.
+
+    Keras reads them with the dataset's workers. Batches that a resumed run skips are not read.
+
+    Args:
+        name: What errors call it.
+        batches: The PyDataset.
+        steps: Batches in an epoch; by default as many as there are.
+        seed: Of the order, which is another one in each pass; None keeps that of the dataset.
+        trains: Whether epochs continue where the one before stopped; otherwise, each is a pass of its own.
+
+    Raises:
+        ValueError: It has no batch, or no end and no `steps`.
+    """
+
+    def __init__(self, name: str, batches: keras.utils.PyDataset, steps: int | None, seed: int | None, trains: bool):
+        self.size: int | None = batches.num_batches
+        """None: it has no end."""
+        if self.size == 0:
+            raise ValueError(f"`{name}` must have at least one batch; this {type(batches).__name__} has none.")
+        if self.size is None and steps is None:
+            argument = "steps_per_epoch" if name == "x" else "validation_steps"
+            raise ValueError(
+                f"`{name}` is a PyDataset without end, {type(batches).__name__}: pass as `{argument}` how many batches "
+                f"an epoch has."
+            )
+        whole = self.size or ENDLESS
+        self.steps = steps or whole if trains else min(steps or whole, whole)
+        """In an epoch."""
+        self._seed = seed if self.size else None
+        self._trains = trains
+        self._is_new = True
+        self._ordered = Ordered(name, batches)
+        self._ordered.indices = list(range(min(2, whole)))  # two show the signature
+        self._adapter = PyDatasetAdapter(self._ordered)
+        self._dataset = _batches(self._adapter)
+        self.failures = self._ordered.failures
+
+    def start(self, epoch: int, batch: int) -> tf.data.Dataset:
+        """The batches of an epoch, from one on."""
+        numbers = range(epoch * self.steps + batch, (epoch + 1) * self.steps)
+        passes = {number // (self.size or ENDLESS) for number in numbers}
+        orders = {number: self._order_of(number) for number in passes}
+        self._ordered.indices = [orders[n // (self.size or ENDLESS)][n % (self.size or ENDLESS)] for n in numbers]
+        return self._dataset
+
+    def on_begin(self) -> None:
+        """Calls the dataset's hooks, as Keras does: its `on_epoch_end` is also called before the first epoch."""
+        if self._is_new or not self._trains:
+            self._adapter.on_epoch_end()
+        self._is_new = False
+        self._adapter.on_epoch_begin()
+
+    def on_end(self) -> None:
+        """Stops the workers, and calls the dataset's hook."""
+        if not self._is_new:
+            self._adapter.on_epoch_end()
+
+    def _order_of(self, number: int) -> Any:
+        whole = range(self.size or ENDLESS)
+        return whole if self._seed is None else shuffled(len(whole), self._seed, number).numpy().tolist()
+
+
+def overridden_hooks(batches: keras.utils.PyDataset) -> list[str]:
+    """The methods of a PyDataset that may change it between epochs."""
+    names = ("on_epoch_begin", "on_epoch_end")
+    return [f"`{name}`" for name in names if getattr(type(batches), name) is not getattr(keras.utils.PyDataset, name)]
+
+
+def _batches(adapter: Any) -> tf.data.Dataset:
+    """An adapter's 1-tuples of batches as batches, with None for the optionals that stand for it."""
+
+    def batch_of(element: Any) -> Any:
+        return tf.nest.map_structure(lambda part: None if isinstance(part, tf.experimental.Optional) else part, element)
+
+    return adapter.get_tf_dataset().map(tf.autograph.experimental.do_not_convert(batch_of))
