@@ -74,8 +74,8 @@ class Steps:
             step = context.current()
             missing = "the steps that call it" if step is None else f"`{step.kind}_step`"
             raise ValueError(f"`{type(self).__name__}` has no `model`: pass one, or override {missing}.")
-        function = call.call if isinstance(call, keras.Layer) else call
-        takes_training = "training" in inspect.signature(function).parameters
+        # Any layer takes it, also if its `call` does not: the layers inside obey it.
+        takes_training = isinstance(call, keras.Layer) or "training" in inspect.signature(call).parameters
         with step_checks.inputs(x, call):
             return call(x, training=training) if takes_training and training is not None else call(x)
 

@@ -210,19 +210,21 @@ class Trainer(Steps):
 
     @checks.named
     def train_on_batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = True
+        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = False
     ) -> Any:
         """Runs `train_step` on one batch, for a loop of your own; takes and returns what `keras.Model` does.
 
         The step is counted, guarded and written as in `fit`, and saved if `checkpoint.every` is in steps or seconds.
-        To continue such a loop in another process, call `build` and `restore`; `steps` is then where it was. The
-        values of the batch are returned by name, or with `return_dict=False` as a list or a number as in Keras.
+        To continue such a loop in another process, call `build` and `restore`; `steps` is then where it was.
+
+        Returns:
+            The values of the batch: a list or a number, as in Keras, or with `return_dict=True` by name.
         """
         values = self._looplab.on_batch.train((x, y, sample_weight), class_weight, self.checkpoint)
         return as_asked(values, self, return_dict)
 
     @checks.named
-    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = True) -> Any:
+    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Runs `test_step` on one batch, and changes nothing; returns what `train_on_batch` does."""
         return as_asked(self._looplab.on_batch.test((x, y, sample_weight)), self, return_dict)
 

@@ -950,10 +950,10 @@ ERRORS = {
         ["`Trainer.fit` has no argument `workers`", "it has x, y, batch_size"],
         lambda _: fit(X, LABELS, workers=3),
     ),
-    "evaluate(return_dict=…)": (
+    "evaluate(epochs=…)": (
         TypeError,
-        ["`Trainer.evaluate` has no argument `return_dict`", "it has x, y, batch_size"],
-        lambda _: trainer().evaluate(X, LABELS, return_dict=True),
+        ["`Trainer.evaluate` has no argument `epochs`", "it has x, y, batch_size"],
+        lambda _: trainer().evaluate(X, LABELS, epochs=2),
     ),
     "evaluate(batchsize=…)": (
         TypeError,

@@ -47,8 +47,8 @@ class Distiller(keras.Model):
         student_loss = self.student_loss_fn(y, y_pred)
         return self.alpha * student_loss + (1 - self.alpha) * distillation_loss * self.temperature**2
 
-    def call(self, x):
-        return self.student(x)
+    def call(self, x, training=None):
+        return self.student(x, training=training)
 
 
 def distiller():
