@@ -1,0 +1,249 @@
+"""Keras models as they are: what they are compiled with, their own steps, their files, and Keras's names and limits."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import looplab
+
+L = keras.layers
+N, BATCH = 20, 8  # the last batch is smaller
+random = np.random.default_rng(0)
+x, y, y2 = (random.normal(size=(N, n)).astype("float32") for n in (4, 1, 2))
+labels = random.integers(0, 3, N)
+w, w2 = random.uniform(0.1, 3, (2, N)).astype("float32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_graph_rewrites():
+    """Turns Grappler off, which rearranges the operations of Keras's graph and of looplab's differently."""
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+
+
+@pytest.fixture(autouse=True)
+def _no_settings():
+    yield
+    keras.config.set_dtype_policy("float32")
+    keras.config.set_max_epochs(None)
+    keras.config.set_max_steps_per_epoch(None)
+
+
+def start():
+    """Makes what is created next start from the same seeds and names."""
+    policy = keras.config.dtype_policy()
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(policy)
+
+
+def one():
+    start()
+    return keras.Sequential([keras.Input((4,)), L.Dense(3, "tanh", name="hidden"), L.Dense(1, dtype="float32")])
+
+
+def two():
+    start()
+    given = keras.Input((4,))
+    hidden = L.Dense(3, "tanh")(given)
+    return keras.Model(given, [L.Dense(1, name="b")(hidden), L.Dense(2, name="a")(hidden)])
+
+
+def compiled(make=one, **options):
+    model = make()
+    model.compile(**{"optimizer": keras.optimizers.Adam(0.01), "loss": "mse", "jit_compile": False, **options})
+    return model
+
+
+def fitted(trainer, target=y, **options):
+    options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0, **options}
+    return trainer.fit(x, target, **options).history
+
+
+def assert_same(ours, theirs, rtol=1e-5):
+    assert sorted(ours) == sorted(theirs)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol, 1e-6, err_msg=name)
+
+
+def assert_same_weights(trainer, model):
+    for mine, weight in zip(trainer.get_weights(), model.weights, strict=True):
+        np.testing.assert_array_equal(mine, weight.numpy(), err_msg=weight.path)
+
+
+# What a model is compiled with.
+
+OPTIONS = {
+    "metrics": (one, lambda: {"metrics": ["mae", keras.metrics.R2Score()]}, y, None),
+    "weighted_metrics": (one, lambda: {"metrics": ["mae"], "weighted_metrics": ["mse"]}, y, w),
+    "loss_weights": (two, lambda: {"loss": ["mse", "mae"], "loss_weights": [0.3, 2.0]}, [y, y2], [w, w2]),
+    "of two outputs": (
+        two,
+        lambda: {"loss": ["mse", "mae"], "metrics": [["mae"], None], "weighted_metrics": [["mse"], ["mse", "mae"]]},
+        [y, y2],
+        [w, w2],
+    ),
+    "run_eagerly": (one, lambda: {"metrics": ["mae"], "run_eagerly": True}, y, w),
+    "steps_per_execution": (one, lambda: {"metrics": ["mae"], "steps_per_execution": 2}, y, None),
+    "use_ema": (one, lambda: {"optimizer": keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.5)}, y, None),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_compiled_model_trains_as_in_keras(name):
+    make, options, target, weight = OPTIONS[name]
+    model, mine = compiled(make, **options()), compiled(make, **options())
+    trainer = looplab.Trainer(mine)
+    assert trainer.run_eagerly == (name == "run_eagerly")
+    assert trainer.steps_per_execution == (2 if name == "steps_per_execution" else "auto")
+    theirs, ours = (fitted(one, target, sample_weight=weight) for one in (model, trainer))
+    of_outputs = {"a_loss", "b_loss"}  # Keras averages them over batches, of which the last is smaller
+    assert_same(*({n: value for n, value in logs.items() if n not in of_outputs} for logs in (ours, theirs)))
+    assert_same_weights(trainer, model)
+    values = [one.evaluate(x, target, sample_weight=weight, verbose=0, return_dict=True) for one in (trainer, model)]
+    assert_same(*values)
+    in_order = [one.evaluate(x, target, sample_weight=weight, verbose=0, return_dict=False) for one in (trainer, model)]
+    np.testing.assert_allclose(*in_order, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss": "mae"},
+        {"optimizer": "sgd"},
+        {"metrics": ["mse"]},
+        {"weighted_metrics": ["mse"]},
+        {"loss_weights": [0.5]},
+        {"optimizer": "sgd", "loss": "mae", "metrics": []},
+    ],
+    ids=str,
+)
+def test_arguments_of_a_trainer_take_precedence(given):
+    trainer = looplab.Trainer(compiled(metrics=["mae"]), **given)
+    model = compiled(**{"metrics": ["mae"], **given})
+    theirs, ours = (fitted(one, sample_weight=w) for one in (model, trainer))
+    assert_same(ours, theirs)
+    assert_same_weights(trainer, model)
+
+
+def test_settings_of_a_trainer_take_precedence():
+    model = compiled(steps_per_execution=3, run_eagerly=True)
+    trainer = looplab.Trainer(model, steps_per_execution=2, run_eagerly=False)
+    assert (trainer.steps_per_execution, trainer.run_eagerly, trainer.jit_compile) == (2, False, False)
+    assert looplab.Trainer(compiled(jit_compile=True)).jit_compile
+    assert not looplab.Trainer(compiled(jit_compile=True), jit_compile=False).jit_compile
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_trainer", "scales"),
+    [({}, {}, True), ({"auto_scale_loss": False}, {}, False), ({"auto_scale_loss": False}, {"loss": "mae"}, False)],
+)
+def test_auto_scale_loss(of_model, of_trainer, scales):
+    keras.config.set_dtype_policy("mixed_float16")
+    trainer = looplab.Trainer(compiled(**of_model), **of_trainer)
+    assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == scales
+    trainer = looplab.Trainer(one(), optimizer="adam", loss="mse", **of_model)
+    assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == (not of_model)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_model_may_be_compiled_after_its_trainer_was_created(is_compiled):
+    model, mine = one(), one()
+    trainer = looplab.Trainer(mine)
+    settings = [("mse", keras.optimizers.SGD), ("mae", keras.optimizers.Adam)]
+    if is_compiled:
+        for each in (model, mine):
+            each.compile(loss="mape")
+        fitted(model), fitted(trainer)
+    for loss, optimizer in settings:
+        for each in (model, mine):
+            each.compile(optimizer=optimizer(0.01), loss=loss, metrics=["mae"], weighted_metrics=["mse"])
+        theirs, ours = (fitted(each, sample_weight=w) for each in (model, trainer))
+        assert_same(ours, theirs)
+        assert trainer.optimizer is mine.optimizer
+    assert_same_weights(trainer, model)
+
+
+def test_a_file_of_the_model_keeps_what_it_was_compiled_with_and_its_optimizer(tmp_path):
+    model, trainer = compiled(metrics=["mae"]), looplab.Trainer(compiled(metrics=["mae"]))
+    fitted(model), fitted(trainer)
+    trainer.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.iterations) == 6
+    assert_same(fitted(loaded), fitted(model))
+    assert_same_weights(looplab.Trainer(loaded), model)
+
+
+# A model's own step.
+
+
+class Distance(keras.Model):
+    """A model with a step, an optimizer and a tracker of its own, and one that averages its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = L.Dense(1)
+        self.dropout = L.Dropout(0.3)
+        self.head = L.Dense(1, use_bias=False)
+        self.tracker = keras.metrics.Mean(name="distance")
+
+    def compile(self, head_optimizer, **options):
+        super().compile(jit_compile=False, **options)
+        self.head_optimizer = head_optimizer
+
+    def call(self, given, training=False):
+        return self.head(self.dropout(self.inner(given), training=training))
+
+    @property
+    def metrics(self):
+        return [self.tracker]
+
+    def train_step(self, batch):
+        given, target = batch[:2]
+        with tf.GradientTape(persistent=True) as tape:
+            loss = tf.reduce_mean((self(given, training=True) - target) ** 2)
+        for part, optimizer in ((self.inner, self.optimizer), (self.head, self.head_optimizer)):
+            optimizer.apply(tape.gradient(loss, part.trainable_weights), part.trainable_weights)
+        self.tracker.update_state(loss)
+        return {"distance": self.tracker.result()}
+
+
+def distance(**options):
+    start()
+    model = Distance()
+    model.compile(
+        optimizer=keras.optimizers.Adam(0.01, **options),
+        head_optimizer=keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)),
+    )
+    return model
+
+
+def test_a_step_of_its_own_uses_its_own_optimizers(tmp_path):
+    trainer, model = looplab.Trainer(distance(), log_dir=tmp_path), distance()
+    theirs = [fitted(model, batch_size=10) for _ in range(2)]
+    assert_same(fitted(trainer, batch_size=10), theirs[0])
+    assert_same(fitted(trainer, batch_size=10), theirs[1])
+    assert_same_weights(trainer, model)
+    assert {*trainer.optimizers} == {"optimizer", "model/head_optimizer"}
+    curves = looplab.read_scalars(tmp_path / "train")
+    rates = curves["batch_learning_rate/model/head_optimizer"][1]
+    np.testing.assert_allclose(rates, 0.1 * 0.5 ** (np.arange(8) / 2), 1e-6)
+    np.testing.assert_allclose(curves["batch_learning_rate"][1], 8 * [0.01], 1e-6)
+
+
+def test_averages_of_its_optimizer_become_its_weights_at_the_end_as_in_keras():
+    options = {"use_ema": True, "ema_momentum": 0.9}
+    trainer, model = looplab.Trainer(distance(**options)), distance(**options)
+    fitted(trainer), fitted(model)
+    assert_same_weights(trainer, model)
+
+
+def test_its_training_resumes_to_the_same_bits():
+    def build(**options):
+        return looplab.Recipe(looplab.Trainer(distance(), **options), (x, y), epochs=2, batch_size=BATCH)
+
+    looplab.testing.assert_resume_exact(build, steps=2)
+
+
