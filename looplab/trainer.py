@@ -215,10 +215,8 @@ class Trainer(Steps):
         """Runs `train_step` on one batch, for a loop of your own; takes and returns what `keras.Model` does.
 
         The step is counted, guarded and written as in `fit`, and saved if `checkpoint.every` is in steps or seconds.
-        To continue such a loop in another process, call `build` and `restore`; `steps` is then where it was.
-
-        Returns:
-            The values of the batch: a list or a number, as in Keras, or with `return_dict=True` by name.
+        To continue in another process, call `build` and `restore`; `steps` is then where it was. Returns the values
+        of the batch: a list or a number as in Keras, or with `return_dict=True` by name.
         """
         values = self._looplab.on_batch.train((x, y, sample_weight), class_weight, self.checkpoint)
         return as_asked(values, self, return_dict)

@@ -245,5 +245,3 @@ def test_its_training_resumes_to_the_same_bits():
         return looplab.Recipe(looplab.Trainer(distance(), **options), (x, y), epochs=2, batch_size=BATCH)
 
     looplab.testing.assert_resume_exact(build, steps=2)
-
-

@@ -163,7 +163,7 @@ def test_steps_on_batches_of_any_size_compute_what_keras_computes(name):
         part = data(first, first + size)
         model.reset_metrics()  # Keras returns running values, looplab those of the batch
         theirs = model.train_on_batch(x[first : first + size], **part, return_dict=True)
-        assert_same(trainer.train_on_batch(x[first : first + size], **part), theirs)
+        assert_same(trainer.train_on_batch(x[first : first + size], **part, return_dict=True), theirs)
         first += size
     # Keras's class weights reach the loss through another multiplication.
     assert_same_weights(model, trainer, exact="class weights" not in name)
@@ -172,7 +172,7 @@ def test_steps_on_batches_of_any_size_compute_what_keras_computes(name):
         part = {name: value for name, value in data(0, 9).items() if name != "class_weight"}
         model.reset_metrics()
         theirs = model.test_on_batch(x[:9], **part, return_dict=True)
-        assert_same(trainer.test_on_batch(x[:9], **part), theirs)
+        assert_same(trainer.test_on_batch(x[:9], **part, return_dict=True), theirs)
         model.reset_metrics()
         in_order = trainer.test_on_batch(x[:9], **part, return_dict=False)
         np.testing.assert_allclose(in_order, model.test_on_batch(x[:9], **part), 1e-5)
@@ -205,7 +205,7 @@ def test_fit_and_single_steps_alternate_as_in_keras():
         for first in (0, 8, 16):
             model.reset_metrics()
             theirs = model.train_on_batch(x[first : first + 8], y[first : first + 8], return_dict=True)
-            assert_same(trainer.train_on_batch(x[first : first + 8], y[first : first + 8]), theirs)
+            assert_same(trainer.train_on_batch(x[first : first + 8], y[first : first + 8], return_dict=True), theirs)
         options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "validation_data": (x, y), "verbose": 0}
         assert_same(trainer.fit(x, y, **options).history, model.fit(x, y, **options).history)
         assert_same(trainer.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0, return_dict=True))
@@ -222,5 +222,5 @@ def test_a_model_serves_two_trainers():
     for _ in range(3):
         for trainer, (optimizer, loss) in zip((first, second), compiled, strict=True):
             model.compile(optimizer=optimizer, loss=loss)
-            assert_same(trainer.train_on_batch(x, y), model.train_on_batch(x, y, return_dict=True))
+            assert_same(trainer.train_on_batch(x, y, return_dict=True), model.train_on_batch(x, y, return_dict=True))
     assert_same_weights(model, first)

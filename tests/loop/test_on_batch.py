@@ -41,7 +41,7 @@ def learn(trainer, steps):
 
 def test_each_step_is_counted_and_logged(tmp_path):
     trainer = looplab.Trainer(one(), log_dir=tmp_path)
-    logs = [trainer.train_on_batch(x[:8], y[:8]) for _ in range(3)]
+    logs = [trainer.train_on_batch(x[:8], y[:8], return_dict=True) for _ in range(3)]
     trainer.test_on_batch(x, y)
     trainer.fit(x, y, batch_size=20, verbose=0)
     trainer.train_on_batch(x, y)
@@ -113,11 +113,11 @@ def test_a_batch_that_is_not_finite_is_an_error_and_changes_nothing():
     assert trainer.steps == 1
     trainer.skip_nonfinite = 2
     for _ in range(2):  # the count starts again after a sound step
-        assert np.isnan(trainer.train_on_batch(bad, y)["loss"])
-        assert np.isnan(trainer.train_on_batch(bad, y)["loss"])
+        assert np.isnan(trainer.train_on_batch(bad, y, return_dict=True)["loss"])
+        assert np.isnan(trainer.train_on_batch(bad, y, return_dict=True)["loss"])
         with pytest.raises(FloatingPointError):
             trainer.train_on_batch(bad, y)
-        assert np.isfinite(trainer.train_on_batch(x, y)["loss"])
+        assert np.isfinite(trainer.train_on_batch(x, y, return_dict=True)["loss"])
     assert (trainer.steps, trainer.skipped_steps) == (7, 4)
 
 
