@@ -257,6 +257,25 @@ def test_function_whose_epochs_differ_in_length_is_trained_on_whole(line):
     assert trainer.steps == 1 + 2 + 3
 
 
+@pytest.mark.parametrize("steps", [1, "auto"])
+def test_a_dataset_without_injected_prefetch_is_not_read_ahead(steps):
+    """So data may depend on the weights: each batch is made after the update before."""
+    model = keras.Sequential([keras.layers.Dense(1)])
+    trainer = looplab.Trainer(model, optimizer="sgd", loss="mse", steps_per_execution=steps)
+    updates = []
+
+    def make():
+        while True:
+            updates.append(int(trainer.optimizer.iterations))
+            yield np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
+
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False
+    data = tf.data.Dataset.from_generator(make, output_signature=(tf.TensorSpec((None, 2)), tf.TensorSpec((None, 1))))
+    trainer.fit(data.with_options(options), steps_per_epoch=50, epochs=2, verbose=0)
+    assert updates == list(range(100))
+
+
 # Errors: each names the argument, the value and the fix.
 
 FOURS = tf.data.Dataset.from_tensors((1, 2, 3, 4))

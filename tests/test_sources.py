@@ -12,9 +12,7 @@ from keras import layers
 
 import looplab
 
-RANDOM = np.random.default_rng(0)
-X = RANDOM.normal(size=(40, 4)).astype("float32")
-Y = RANDOM.normal(size=(40, 1)).astype("float32")
+X, Y = (np.random.default_rng(0).normal(size=(40, size)).astype("float32") for size in (4, 1))
 SPARSE = X * (X > 0)
 
 

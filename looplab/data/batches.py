@@ -144,11 +144,14 @@ def _from_source(name: str, x: Any, steps: int | None, training_from: int | None
     if isinstance(x, Iterator):
         return _from_iterator(name, x, steps, training_from)
     if is_loader(x):
+        size = sources.length(x)
+        if steps is None and size == sources.ENDLESS:
+            raise ValueError(_endless(name, type(x).__name__))
         failures: list[Exception] = []
         batches = _from_dataset(name, sources.dataset_of(name, x, failures), steps, training)
         sampler = sources.sampler_of(x)
         inexact = f"is read in an order that no checkpoint can hold ({sampler})" if sampler else ""
-        return dataclasses.replace(batches, steps=steps or sources.length(x), inexact=inexact, failures=failures)
+        return dataclasses.replace(batches, steps=steps or size, inexact=inexact, failures=failures)
     return _from_function(name, x, steps, training)
 
 

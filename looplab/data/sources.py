@@ -15,7 +15,7 @@ from looplab.data.arrays import converted
 from looplab.data.resident import shuffled
 
 ENDLESS = 2**31
-"""Lengths from here on mean that data has no end."""
+"""The length of data without an end."""
 
 
 def dataset_of(name: str, source: Any, failures: list[Exception]) -> tf.data.Dataset:
@@ -55,12 +55,11 @@ def recorded(failures: list[Exception]) -> Iterator[None]:
 
 
 def length(source: Any) -> int | None:
-    """The number of batches of a loader; None if it has no end, or does not know it."""
+    """The number of batches of a loader, `ENDLESS` if it has no end; None if it is unknown."""
     try:
-        batches = len(source)
+        return min(len(source), ENDLESS)
     except TypeError:
         return None
-    return batches if batches < ENDLESS else None
 
 
 def sampler_of(source: Any) -> str:
