@@ -75,9 +75,6 @@ class OnBatch:
         self._on_exit.enter_context(folder.owned(resume=folder.resumed is not None))
         self._store = open_store(self._engine, checkpoint)
         folder.take(resumes=folder.resumed is not None)
-        if folder.resumed is not None:
-            folder.events.rewind(folder.resumed)
-            folder.resumed = None
 
     def _save(self) -> None:
         engine, runner = self._engine, self._engine.runner
