@@ -149,14 +149,15 @@ def test_auto_scale_loss(of_model, of_trainer, scales):
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
-def test_a_model_may_be_compiled_after_its_trainer_was_created(is_compiled):
+def test_a_model_may_be_compiled_once_its_trainer_was_created(is_compiled):
     model, mine = one(), one()
-    trainer = looplab.Trainer(mine)
-    settings = [("mse", keras.optimizers.SGD), ("mae", keras.optimizers.Adam)]
     if is_compiled:
         for each in (model, mine):
             each.compile(loss="mape")
-        fitted(model), fitted(trainer)
+    trainer = looplab.Trainer(mine)
+    if is_compiled:
+        assert_same(fitted(trainer), fitted(model))
+    settings = [("mse", keras.optimizers.SGD), ("mae", keras.optimizers.Adam)]
     for loss, optimizer in settings:
         for each in (model, mine):
             each.compile(optimizer=optimizer(0.01), loss=loss, metrics=["mae"], weighted_metrics=["mse"])

@@ -224,3 +224,18 @@ def test_a_model_serves_two_trainers():
             model.compile(optimizer=optimizer, loss=loss)
             assert_same(trainer.train_on_batch(x, y, return_dict=True), model.train_on_batch(x, y, return_dict=True))
     assert_same_weights(model, first)
+
+
+def test_each_of_two_devices_gets_the_whole_batch(two_devices):
+    expected = looplab.Trainer(one())
+    start()
+    with two_devices.scope():
+        layers = L.Dense(3, "tanh"), L.Dense(1)
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        trainer = looplab.Trainer(model, optimizer=keras.optimizers.Adam(0.01), loss="mse", metrics=["mae"])
+    for each in (expected, trainer):
+        each.set_weights([np.full(weight.shape, 0.5, "float32") for weight in each.weights])
+    for size in (8, 3):
+        assert_same(trainer.train_on_batch(x[:size], y[:size]), expected.train_on_batch(x[:size], y[:size]))
+    assert_same(trainer.test_on_batch(x[:3], y[:3]), expected.test_on_batch(x[:3], y[:3]))
+    np.testing.assert_allclose(trainer.predict_on_batch(x[:3]), expected.predict_on_batch(x[:3]), 1e-5)

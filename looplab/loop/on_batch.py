@@ -13,6 +13,7 @@ from looplab.checkpoint.snapshot import Asked, Snapshot, values_of
 from looplab.data.arrays import to_arrays
 from looplab.data.resident import Single
 from looplab.loop.engine import Engine
+from looplab.loop.outputs import joined
 from looplab.loop.resume import open_store
 from looplab.loop.weights import ClassWeights
 from looplab.state import Progress
@@ -57,7 +58,8 @@ class OnBatch:
         step = self._engine.tracer.recent("predict", data.element_spec)
         with self._engine.metrics.unchanged(step):
             logs, _, _ = self._engine.advance("predict", step, data, 1, Progress(), None)
-        return tf.nest.map_structure(self._engine.gathered, logs.outputs)
+        results = self._engine.runner.strategy.experimental_local_results  # each replica has the whole batch
+        return tf.nest.map_structure(lambda output: joined(results(output)[0]), logs.outputs)
 
     def _run(self, kind: str, arrays: tuple[Any, Any, Any], progress: Progress, folder: str | None) -> dict[str, Any]:
         engine, data = self._engine, Single(to_arrays("x", *arrays))
@@ -75,9 +77,6 @@ class OnBatch:
         self._on_exit.enter_context(folder.owned(resume=folder.resumed is not None))
         self._store = open_store(self._engine, checkpoint)
         folder.take(resumes=folder.resumed is not None)
-        if folder.resumed is not None:
-            folder.events.rewind(folder.resumed)
-            folder.resumed = None
 
     def _save(self) -> None:
         engine, runner = self._engine, self._engine.runner

@@ -56,6 +56,15 @@ class Resume:
             state = self.newest.snapshot.state
             self.is_skipped = state.fits > engine.state.fits
             self.saved = self.newest if state.fits == engine.state.fits else None
+            if (
+                self.saved is not None and not self.saved.snapshot.asked.data
+            ):  # of single steps, after which this starts
+                self.saved = None
+                if engine.state.steps < state.steps:
+                    raise CheckpointError(
+                        f"`resume`: the newest checkpoint in {folder.path} is of `train_on_batch`, after step "
+                        f"{state.steps}. Call `build` with the data and `restore` first."
+                    )
             if self.saved is not None and not engine.is_seeded:
                 engine.state.seed = state.seed
         elif not folder.events.has_written:
@@ -159,6 +168,7 @@ class Resume:
         assert self.newest is not None
         assert engine.folder.path is not None
         assign(engine.runner.variables.by_path(), self.newest.snapshot.variables)
+        engine.folder.resumed = self.newest.snapshot.files  # single steps may follow
         engine.folder.take(resumes=True)
         number = engine.state.fits
         engine.state.replace_by(self.newest.snapshot.state)

@@ -28,7 +28,7 @@ class RunFolder:
         self.path = path
         self.events = RunWriter(path)
         self.resumed: dict[str, int] | None = None
-        """The sizes of the event files in a checkpoint from which the trainer continues with single steps."""
+        """The sizes of the event files in a checkpoint that the trainer was restored from, until it continues."""
         self._is_taken = False
         self._waiting: list[tuple[Write, bool]] = []  # (write, if_resumed)
 
@@ -50,6 +50,9 @@ class RunFolder:
         """
         if self.path is not None and not resumes and not self._is_ours:
             self.events.remove()
+        if self.resumed is not None:
+            self.events.rewind(self.resumed)
+            self.resumed = None
         for write, if_resumed in self._waiting:
             if if_resumed or not resumes:  # else the run has the value
                 write(self.events)

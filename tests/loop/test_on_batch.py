@@ -165,3 +165,48 @@ def test_a_change_acts_from_the_next_step(change):
     if change is frozen:
         trainer.train_on_batch(x, y)
         assert not np.array_equal(kernel, before[0])
+
+
+class KilledError(Exception):
+    """Ends a program as a kill would."""
+
+
+def mixed(folder, stop_at=None):
+    """A program with single steps between two calls of `fit`, which may be started again at any time."""
+    trainer = looping(folder)
+    trainer.fit(x, y, batch_size=8, verbose=0, resume=True)
+    while trainer.steps < 11:
+        learn(trainer, trainer.steps + 1)
+        if trainer.steps == stop_at:
+            raise KilledError
+    trainer.fit(x, y, batch_size=8, verbose=0, resume=True)
+    return trainer
+
+
+@pytest.mark.parametrize("stop_at", [7, 8, 10])
+def test_single_steps_between_two_fits_continue_to_the_same_bits(tmp_path, stop_at):
+    expected = values_of(mixed(tmp_path / "whole"))
+    with pytest.raises(KilledError):
+        mixed(tmp_path / "parts", stop_at)
+    gc.collect()
+    found = values_of(mixed(tmp_path / "parts"))
+    assert expected.keys() == found.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+    whole, parts = (looplab.read_scalars(tmp_path / name / "train") for name in ("whole", "parts"))
+    assert whole["batch_loss"][0].tolist() == [*range(1, 17)]
+    for tag, points in whole.items():
+        np.testing.assert_array_equal(parts[tag], points, err_msg=tag)
+
+
+def test_fit_continues_after_restored_single_steps_alone(tmp_path):
+    expected = learn(looping(tmp_path), 4).get_weights()
+    gc.collect()
+    trainer = looping(tmp_path)
+    with pytest.raises(ValueError, match=r"is of `train_on_batch`, after step 4. Call `build` with the data"):
+        trainer.fit(x, y, verbose=0, resume=True)
+    trainer.build(x, y)
+    trainer.restore()
+    assert all(map(np.array_equal, trainer.get_weights(), expected))
+    trainer.fit(x, y, batch_size=8, verbose=0, resume=True)
+    assert looplab.read_scalars(tmp_path / "train")["batch_loss"][0].tolist() == [*range(1, 10)]
