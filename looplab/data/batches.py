@@ -105,6 +105,15 @@ class Batches:
                 count.missing = starts - count.done
 
 
+def limited(name: str, *data: Any, steps: int | None = None, **options: Any) -> Batches:
+    """The batches of `from_arguments`, at most as many as Keras is set to run in a pass."""
+    batches, most = from_arguments(name, *data, steps=steps, **options), keras.config.max_steps_per_epoch()
+    if most is None or (batches.steps is not None and batches.steps <= most):
+        return batches
+    warn(f"`{name}` is limited to {most} batches by `keras.config.set_max_steps_per_epoch`.")
+    return from_arguments(name, *data, steps=most, **options)
+
+
 def from_arguments(
     name: str,
     x: Any,
