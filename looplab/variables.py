@@ -164,7 +164,8 @@ class Variables:
         Raises:
             ValueError: There are no weights yet.
         """
-        holders = [h for h in self.walk() if getattr(h.thing, "weights", None) or isinstance(h.thing, VARIABLES)]
+        held = (held for held in self.walk() if not _is_state(held))
+        holders = [h for h in held if getattr(h.thing, "weights", None) or isinstance(h.thing, VARIABLES)]
         if not holders:
             raise ValueError(f"There are no weights to {action} yet: call `build` with the data first.")
         alone = len(holders) == 1 and isinstance(holders[0].thing, keras.Model)
@@ -197,7 +198,7 @@ class Variables:
             if isinstance(held.thing, keras.Layer):
                 found += getattr(held.thing, attribute)
             elif isinstance(held.thing, VARIABLES) and (held.trainable or attribute == "weights"):
-                found.append(held.thing)
+                found += [] if _is_state(held) else [held.thing]
         return _once(found)
 
 
@@ -234,6 +235,11 @@ def _infer_output_shapes(model: keras.Model) -> None:
         return
     with contextlib.suppress(Exception):
         model.call(keras.tree.map_shape_structure(lambda shape: keras.Input(shape[1:]), shapes))
+
+
+def _is_state(held: Held) -> bool:
+    """Whether it is a Keras variable in a layer that is none of its weights, such as a state of a stateful RNN."""
+    return held.is_bare and isinstance(held.thing, keras.Variable) and not held.thing.trainable
 
 
 def of_each_replica(variable: Any) -> dict[str, Any]:

@@ -246,3 +246,20 @@ def test_its_training_resumes_to_the_same_bits():
         return looplab.Recipe(looplab.Trainer(distance(), **options), (x, y), epochs=2, batch_size=BATCH)
 
     looplab.testing.assert_resume_exact(build, steps=2)
+
+
+# Files.
+
+
+def test_a_model_whose_states_are_no_weights_is_saved_as_keras_saves_it(tmp_path):
+    def stateful():
+        start()
+        return keras.Sequential([keras.Input((4, 1), batch_size=5), L.LSTM(2, stateful=True), L.Dense(1)])
+
+    trainer, model = looplab.Trainer(compiled(stateful)), compiled(stateful)
+    trainer.train_on_batch(x[:5, :, None], y[:5])
+    trainer.save(tmp_path / "model.keras")
+    trainer.save_weights(tmp_path / "model.weights.h5")
+    model.load_weights(tmp_path / "model.weights.h5")
+    assert_same_weights(trainer, model)
+    assert keras.saving.load_model(tmp_path / "model.keras").compiled

@@ -236,6 +236,11 @@ def test_each_of_two_devices_gets_the_whole_batch(two_devices):
     for each in (expected, trainer):
         each.set_weights([np.full(weight.shape, 0.5, "float32") for weight in each.weights])
     for size in (8, 3):
-        assert_same(trainer.train_on_batch(x[:size], y[:size]), expected.train_on_batch(x[:size], y[:size]))
-    assert_same(trainer.test_on_batch(x[:3], y[:3]), expected.test_on_batch(x[:3], y[:3]))
+        assert_same(
+            trainer.train_on_batch(x[:size], y[:size], return_dict=True),
+            expected.train_on_batch(x[:size], y[:size], return_dict=True),
+        )
+    assert_same(
+        trainer.test_on_batch(x[:3], y[:3], return_dict=True), expected.test_on_batch(x[:3], y[:3], return_dict=True)
+    )
     np.testing.assert_allclose(trainer.predict_on_batch(x[:3]), expected.predict_on_batch(x[:3]), 1e-5)

@@ -16,6 +16,7 @@ from looplab.data.arrays import is_arrays, leaves, to_arrays, unpack
 from looplab.data.iteration import Batches
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
 from looplab.data.resident import Resident, gather, rows_of
+from looplab.warn import warn
 
 _BUFFER = 4  # batches that are prepared while the graph computes
 
@@ -80,6 +81,15 @@ def from_arguments(
         element_spec=first.element_spec,
         unseeded=find_unseeded(plain) if isinstance(plain, tf.data.Dataset) else "",
     )
+
+
+def limited(name: str, *data: Any, steps: int | None = None, **options: Any) -> Batches:
+    """The batches of `from_arguments`, at most as many as Keras is set to run in a pass."""
+    batches, most = from_arguments(name, *data, steps=steps, **options), keras.config.max_steps_per_epoch()
+    if most is None or (batches.steps is not None and batches.steps <= most):
+        return batches
+    warn(f"`{name}` is limited to {most} batches by `keras.config.set_max_steps_per_epoch`.")
+    return from_arguments(name, *data, steps=most, **options)
 
 
 def changes(before: Any, after: Any) -> str:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from looplab.callbacks import hooked_to_batches
 from looplab.data.arrays import unpack
-from looplab.data.batches import Batches, from_arguments
+from looplab.data.batches import Batches, limited
 from looplab.loop import step_checks
 from looplab.loop.call_logs import CallLogs
 from looplab.loop.errors import NoBatchError, raise_own
@@ -73,15 +73,9 @@ class Engine:
             state = RunState(seed)
         return cls(runner, state, folder, is_seeded=seed is not None)
 
-    def batches(self, name: str, *data: Any, steps: int | None = None, **options: Any) -> Batches:
-        """The batches of data as users pass it, at most as many as Keras is set to run: see `from_arguments`."""
-        options |= {"seed": self.state.seed, "strategy": self.runner.strategy}
-        batches = from_arguments(name, *data, steps=steps, **options)
-        most = keras.config.max_steps_per_epoch()
-        if most is None or (batches.steps is not None and batches.steps <= most):
-            return batches
-        warn(f"`{name}` is limited to {most} batches by `keras.config.set_max_steps_per_epoch`.")
-        return from_arguments(name, *data, steps=most, **options)
+    def batches(self, name: str, *data: Any, **options: Any) -> Batches:
+        """The batches of data as users pass it: see `from_arguments`."""
+        return limited(name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy)
 
     def run(
         self,
