@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import keras
+
 from looplab.walk import OURS, is_users
 
 _HOOKS = {"train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", "reset_metrics"}
@@ -24,8 +26,13 @@ def check_subclass(kind: type) -> None:
     """Checks that a subclass overrides methods with methods, and properties with properties.
 
     Raises:
-        TypeError: It does not.
+        TypeError: It does not, or is a Keras layer, too.
     """
+    if issubclass(kind, keras.Layer):
+        raise TypeError(
+            f"`{kind.__name__}` is a trainer and a Keras layer: subclass one of them. A trainer holds models as "
+            f"attributes, and `looplab.Trainer(model)` uses the `train_step` of a `keras.Model`."
+        )
     taken = _taken(kind.__base__ or object)
     for name in taken.keys() & vars(kind).keys():
         own = vars(kind)[name]

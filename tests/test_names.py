@@ -75,6 +75,11 @@ def test_a_class_attribute_of_such_a_name_is_refused_too(name):
         type("Own", (looplab.Trainer,), {name: []})
 
 
+def test_a_trainer_cannot_be_a_keras_model_too():
+    with pytest.raises(TypeError, match="`Both` is a trainer and a Keras layer: subclass one of them"):
+        type("Both", (looplab.Trainer, keras.Model), {})
+
+
 def test_steps_and_properties_may_be_overridden():
     class Own(looplab.Trainer):
         @property
