@@ -23,6 +23,7 @@ VARIABLES = (keras.Variable, tf.Variable)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.generic, tf.Tensor, types.ModuleType, type)
 _LIBRARIES = ("tensorflow", "keras", "numpy", "tensorboard", "tqdm")
 _MOST = 10_000  # members of a container that is searched: a longer one is data
+_MANY = 100  # members of a container that a glance does not look through
 _LEAVES = (keras.Layer, keras.Optimizer, keras.Metric, keras.random.SeedGenerator, *VARIABLES)
 
 
@@ -92,7 +93,8 @@ def marks(attributes: dict[str, Any]) -> list[Any]:
     """What `walk` would find with these attributes, and what a step's trace depends on, in a fraction of the time.
 
     If each of the marks is the same object as before, so is everything that `walk` yields, unless a private attribute
-    of a layer has another variable or optimizer. A number, string or array is no mark.
+    of a layer has another variable or optimizer, or a long container another member. A number, string, array or short
+    container is no mark: an agent's memory may change in each step.
     """
     found: list[Any] = []
     pending, seen = [*attributes.values()], set()
@@ -100,7 +102,10 @@ def marks(attributes: dict[str, Any]) -> list[Any]:
         if isinstance(value, _PLAIN) or id(value) in seen:
             continue
         seen.add(id(value))
-        found.append(value)
+        is_container = isinstance(value, (dict, list, tuple))
+        if is_container and len(value) >= _MANY:
+            continue
+        found += [] if is_container else [value]
         if isinstance(value, keras.Layer):
             for layer in all_layers(value):
                 found += [layer, layer.trainable]

@@ -54,6 +54,57 @@ def test_what_a_step_depends_on_makes_it_trace_again(trainer, tracer, change):
     assert tracer.compiled("test", SPEC) is not before
 
 
+def replaced_optimizer(trainer):
+    trainer.optimizer = keras.optimizers.SGD()
+
+
+def replaced_rate(trainer):
+    trainer.optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(1.0, 1, 0.5)
+
+
+def replaced_item(trainer):
+    trainer.parts["layers"][0] = keras.layers.Dense(1)
+
+
+def replaced_optimizer_of_a_model(trainer):
+    trainer.model.own_optimizer = keras.optimizers.SGD()
+
+
+def added_layer(trainer):
+    trainer.stack.add(keras.layers.Dense(1))
+
+
+def frozen_layer(trainer):
+    trainer.parts["layers"][1].trainable = False
+
+
+def frozen_variable(trainer):
+    trainer.bias.trainable = False
+
+
+def eagerly(trainer):
+    trainer.run_eagerly = True
+
+
+CHANGES = [replaced_optimizer, replaced_rate, replaced_item, replaced_optimizer_of_a_model, added_layer, frozen_layer]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, frozen_variable, eagerly])
+def test_a_single_step_sees_what_has_changed_since_the_last_one(trainer, tracer, change):
+    class Model(keras.Model):
+        own_optimizer = None
+
+    trainer.model, trainer.stack = Model(), keras.Sequential([keras.layers.Dense(1)])
+    trainer.model.own_optimizer = keras.optimizers.Adam()
+    trainer.parts = {"layers": [keras.layers.Dense(1), keras.layers.BatchNormalization()]}
+    trainer.bias = keras.Variable(0.0)
+    before = tracer.recent("test", SPEC)
+    trainer.memory, trainer.note = [(1, 2)], "nothing that a step depends on"
+    assert tracer.recent("test", SPEC) is before
+    change(trainer)
+    assert tracer.recent("test", SPEC) is not before
+
+
 def test_warns_of_the_third_signature(tracer):
     for shape in (1,), (2,):
         tracer.compiled("predict", tf.TensorSpec(shape, tf.float32))
