@@ -92,7 +92,7 @@ def test_compiled_metrics_are_those_of_a_step():
     for first in (0, 8):
         model.reset_metrics()
         theirs = model.train_on_batch(x[first : first + 8], y[first : first + 8], return_dict=True)
-        ours = trainer.train_on_batch(x[first : first + 8], y[first : first + 8])
+        ours = trainer.train_on_batch(x[first : first + 8], y[first : first + 8], return_dict=True)
         assert sorted(ours) == sorted(theirs)
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, 1e-5, err_msg=name)
@@ -139,8 +139,8 @@ def test_compute_loss_learns_whether_it_trains(takes_training):
             return super().compute_loss(x, y, y_pred, sample_weight) + 100.0
 
     trainer = (Marked if takes_training else Old)(compiled())
-    assert trainer.train_on_batch(x, y)["loss"] > 100
-    assert (trainer.test_on_batch(x, y)["loss"] > 100) == (not takes_training)
+    assert trainer.train_on_batch(x, y, return_dict=True)["loss"] > 100
+    assert (trainer.test_on_batch(x, y, return_dict=True)["loss"] > 100) == (not takes_training)
 
 
 # What passes return, and when they end.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from typing import Any
 
 import tensorflow as tf
@@ -61,6 +62,11 @@ class OnBatch:
         results = self._engine.runner.strategy.experimental_local_results  # each replica has the whole batch
         return tf.nest.map_structure(lambda output: joined(results(output)[0]), logs.outputs)
 
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written."""
+        if self._store is not None:
+            self._store.wait()
+
     def _run(self, kind: str, arrays: tuple[Any, Any, Any], progress: Progress, folder: str | None) -> dict[str, Any]:
         engine, data = self._engine, Single(to_arrays("x", *arrays))
         step = engine.tracer.recent(kind, data.element_spec)
@@ -76,6 +82,7 @@ class OnBatch:
         folder = self._engine.folder
         self._on_exit.enter_context(folder.owned(resume=folder.resumed is not None))
         self._store = open_store(self._engine, checkpoint)
+        weakref.finalize(self, self._store.wait)
         folder.take(resumes=folder.resumed is not None)
 
     def _save(self) -> None:

@@ -186,6 +186,8 @@ class Resume:
 def open_store(engine: Engine, settings: Checkpoint | None) -> Store:
     """The checkpoints of a trainer."""
     path = engine.folder.path
+    if engine.on_batch is not None:
+        engine.on_batch.wait()  # its unfinished checkpoint would be removed
     store = Store((path or Path()) / _FOLDER, None if path is None else settings)
     if path is not None:
         store.clean()
@@ -200,6 +202,8 @@ def restore(engine: Engine, settings: Checkpoint | None, checkpoint: str | Path)
     """
     if not engine.tracer.is_built:
         raise ValueError("`restore` needs all variables to exist: call `build` with the data before, or `fit`.")
+    if engine.on_batch is not None:
+        engine.on_batch.wait()
     saved = _found(engine, settings, checkpoint)
     variables = engine.runner.variables.by_path()
     snapshot.check(variables, saved)
