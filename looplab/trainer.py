@@ -18,7 +18,7 @@ from looplab.loop.engine import Engine
 from looplab.loop.fit import fit
 from looplab.loop.guard import Fault
 from looplab.loop.on_batch import OnBatch
-from looplab.loop.outputs import as_asked, joined
+from looplab.loop.outputs import joined, listed, ordered
 from looplab.loop.resume import restore
 from looplab.steps import Steps
 from looplab.variables import to_numpy
@@ -191,7 +191,7 @@ class Trainer(Steps):
             values = self._looplab.evaluate(batches, with_bar(self, callbacks, batches.steps, verbose))[0]
         except Fault as fault:
             raise fault.error(self.steps, self.epochs, None) from None
-        return as_asked(values, self, return_dict)
+        return values if return_dict else listed(values, ordered(values, self.metrics))
 
     @checks.named
     def predict(
@@ -218,13 +218,13 @@ class Trainer(Steps):
         To continue in another process, call `build` and `restore`; `steps` is then where it was. Returns the values
         of the batch: a list or a number as in Keras, or with `return_dict=True` by name.
         """
-        values = self._looplab.on_batch.train((x, y, sample_weight), class_weight, self.checkpoint)
-        return as_asked(values, self, return_dict)
+        on_batch = self._looplab.on_batch
+        return on_batch.train((x, y, sample_weight), class_weight, self.checkpoint, return_dict)
 
     @checks.named
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Runs `test_step` on one batch, and changes nothing; returns what `train_on_batch` does."""
-        return as_asked(self._looplab.on_batch.test((x, y, sample_weight)), self, return_dict)
+        return self._looplab.on_batch.test((x, y, sample_weight), return_dict)
 
     def predict_on_batch(self, x: Any) -> Any:
         """The outputs of `predict_step` for one batch, as NumPy arrays; changes nothing."""

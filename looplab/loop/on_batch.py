@@ -14,7 +14,7 @@ from looplab.checkpoint.snapshot import Asked, Snapshot, values_of
 from looplab.data.arrays import to_arrays
 from looplab.data.resident import Single
 from looplab.loop.engine import Engine
-from looplab.loop.outputs import joined
+from looplab.loop.outputs import joined, listed, ordered
 from looplab.loop.resume import open_store
 from looplab.loop.weights import ClassWeights
 from looplab.state import Progress
@@ -33,9 +33,12 @@ class OnBatch:
         self._engine = engine
         self._faults = 0  # in a row
         self._store: Any = None
+        self._orders: dict[tuple[str, ...], list[str]] = {}  # of the values in Keras's lists, by their names
         self._on_exit = contextlib.ExitStack()
 
-    def train(self, arrays: tuple[Any, Any, Any], class_weight: Any, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    def train(
+        self, arrays: tuple[Any, Any, Any], class_weight: Any, checkpoint: Checkpoint | None, return_dict: bool
+    ) -> Any:
         """Learns from one batch, x, y and sample_weight; returns its values, and saves if that is due."""
         engine, state = self._engine, self._engine.state
         if self._store is None:
@@ -43,15 +46,15 @@ class OnBatch:
         engine.runner.class_weights = ClassWeights.of(class_weight)
         engine.metrics.reset_updated()
         progress = Progress(faults=self._faults)
-        values = self._run("train", arrays, progress, "train")
+        values = self._run("train", arrays, progress, "train", return_dict)
         self._faults = progress.faults
         if self._store.is_due_after_step(state.steps):
             self._save()
         return values
 
-    def test(self, arrays: tuple[Any, Any, Any]) -> dict[str, Any]:
+    def test(self, arrays: tuple[Any, Any, Any], return_dict: bool) -> Any:
         """Evaluates one batch, x, y and sample_weight; returns its values."""
-        return self._run("test", arrays, Progress(), None)
+        return self._run("test", arrays, Progress(), None, return_dict)
 
     def predict(self, x: Any) -> Any:
         """The outputs for one batch."""
@@ -67,7 +70,9 @@ class OnBatch:
         if self._store is not None:
             self._store.wait()
 
-    def _run(self, kind: str, arrays: tuple[Any, Any, Any], progress: Progress, folder: str | None) -> dict[str, Any]:
+    def _run(
+        self, kind: str, arrays: tuple[Any, Any, Any], progress: Progress, folder: str | None, return_dict: bool
+    ) -> Any:
         engine, data = self._engine, Single(to_arrays("x", *arrays))
         step = engine.tracer.recent(kind, data.element_spec)
         unchanged = engine.metrics.unchanged(step) if kind == "test" else contextlib.nullcontext()
@@ -75,7 +80,12 @@ class OnBatch:
             logs, _, stops = engine.advance(kind, step, data, 1, progress, folder)
         if stops:
             raise engine.fault(kind, "x", progress, logs).error(engine.state.steps + 1, 1, engine.folder.path)
-        return engine.shown(step, logs)[0]
+        values = engine.shown(step, logs)[0]
+        if return_dict:
+            return values
+        if tuple(values) not in self._orders:  # since to search the metrics takes longer than the step
+            self._orders[tuple(values)] = ordered(values, engine.runner.trainer.metrics)
+        return listed(values, self._orders[tuple(values)])
 
     def _open(self, checkpoint: Checkpoint | None) -> None:
         """Takes the log folder, and continues the run in it if a checkpoint was restored."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 
-def as_asked(values: dict[str, Any], trainer: Any, return_dict: bool) -> Any:
-    """The values of a batch or a pass as Keras returns them: by name, or in the order of the trainer's metrics."""
-    if return_dict:
-        return values
-    inner = [one for metric in trainer.metrics for one in getattr(metric, "metrics", [metric])]
+def ordered(names: Iterable[str], metrics: Iterable[keras.Metric]) -> list[str]:
+    """The names of values in Keras's order: that of the metrics, then the alphabet."""
+    inner = [one for metric in metrics for one in getattr(metric, "metrics", [metric])]
     order = [metric.name for metric in inner]
-    names = sorted(values, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def listed(values: dict[str, Any], names: list[str]) -> Any:
+    """The values as Keras returns them without `return_dict`: a list, or the only value."""
     return [values[name] for name in names] if len(names) > 1 else values[names[0]]
 
 
