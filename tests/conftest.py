@@ -89,6 +89,14 @@ def cifar10_dir():
     return folder
 
 
+@pytest.fixture(scope="module")
+def no_graph_rewrites():
+    """Turns Grappler off, which rearranges the operations of Keras's graph and of looplab's differently."""
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+
+
 @pytest.fixture(scope="session")
 def two_devices():
     """One for all tests: TensorFlow mixes up what several strategies of one process reduce."""

@@ -7,20 +7,13 @@ import tensorflow as tf
 
 import looplab
 
+pytestmark = pytest.mark.usefixtures("no_graph_rewrites")
 L = keras.layers
 N, BATCH = 20, 8  # the last batch is smaller
 random = np.random.default_rng(0)
 x, y, y2 = (random.normal(size=(N, n)).astype("float32") for n in (4, 1, 2))
 labels = random.integers(0, 3, N)
 w, w2 = random.uniform(0.1, 3, (2, N)).astype("float32")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_graph_rewrites():
-    """Turns Grappler off, which rearranges the operations of Keras's graph and of looplab's differently."""
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
 @pytest.fixture(autouse=True)

@@ -7,21 +7,15 @@ import itertools
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from published import SYSTEMS
 
 import looplab
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*compiled_(loss|metrics):UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("no_graph_rewrites"),
+    pytest.mark.filterwarnings("ignore:.*compiled_(loss|metrics):UserWarning"),
+]
 EPOCHS = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_graph_rewrites():
-    """Turns Grappler off, which rearranges the operations of Keras's graph and of looplab's differently."""
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
 def start():

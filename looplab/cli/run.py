@@ -168,7 +168,7 @@ class _Process:
             self.made.trainer.save_weights(self.folder / files.WEIGHTS)
             text = "" if report.missing() else self._write_report(history, plot)
             files.write_json(self.folder / files.HISTORY, history)
-        except BaseException:
+        except BaseException:  # also Ctrl-C and SIGTERM: an interrupted run counts its time, too
             if self.is_started:
                 self._write_timings(finished_epochs=0)
             raise
