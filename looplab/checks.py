@@ -100,7 +100,7 @@ def hparams(values: Any) -> None:
 
 def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
     """Requires finite numbers of at least 0; does not check schedules."""
-    for path, optimizer in optimizers.items():
+    for path, optimizer in compat.with_rates(optimizers).items():
         if not isinstance(compat.learning_rate(optimizer), keras.optimizers.schedules.LearningRateSchedule):
             rate = float(to_numpy(getattr(optimizer, "inner_optimizer", optimizer).learning_rate))
             if not 0 <= rate < math.inf:

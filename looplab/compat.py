@@ -55,6 +55,11 @@ def compile_parts(model: Any) -> tuple[Any, Any, Any]:
     return model._compile_loss, model._compile_metrics, model._loss_tracker
 
 
+def loss_weights(compiled_loss: Any) -> list[float]:
+    """The weights of the losses of all outputs, in the order of Keras's means; known once it was called."""
+    return [1.0 if one.loss_weights is None else one.loss_weights for one in compiled_loss._flat_losses]
+
+
 def is_jit_by_default(model: Any) -> bool:
     """Whether `jit_compile="auto"` turns XLA on for a model."""
     return model._resolve_auto_jit_compile()
@@ -78,6 +83,15 @@ def trained_by(optimizer: keras.Optimizer) -> list[Any]:
 def learning_rate(optimizer: keras.Optimizer) -> Any:
     """The learning rate as it was given, which may be a schedule; `optimizer.learning_rate` is its current value."""
     return getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
+
+
+def with_rates(optimizers: dict[str, keras.Optimizer]) -> dict[str, keras.Optimizer]:
+    """The optimizers that have a learning rate, by path: instead of a `MultiOptimizer` those inside it."""
+    found: dict[str, keras.Optimizer] = {}
+    for path, optimizer in optimizers.items():
+        inner = getattr(optimizer, "optimizers", None)
+        found |= {path: optimizer} if inner is None else {f"{path}/{index}": one for index, one in enumerate(inner)}
+    return found
 
 
 def takes_logits(loss: Any) -> bool:

@@ -227,6 +227,16 @@ def test_a_step_of_its_own_uses_its_own_optimizers(tmp_path):
     np.testing.assert_allclose(curves["batch_learning_rate"][1], 8 * [0.01], 1e-6)
 
 
+def test_each_optimizer_inside_one_has_a_curve_of_its_own(tmp_path):
+    parts = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {"unused/.*": keras.optimizers.SGD(0.2)})
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.MultiOptimizer(parts), "mse")
+    fitted(looplab.Trainer(model, log_dir=tmp_path))
+    curves = looplab.read_scalars(tmp_path / "train")
+    rates = [{*values.tolist()} for tag, (_, values) in curves.items() if "learning_rate/optimizer/" in tag]
+    assert sorted(map(list, rates)) == [[np.float32(0.1)], [np.float32(0.2)]]
+
+
 def test_averages_of_its_optimizer_become_its_weights_at_the_end_as_in_keras():
     options = {"use_ema": True, "ema_momentum": 0.9}
     trainer, model = looplab.Trainer(distance(**options)), distance(**options)

@@ -92,6 +92,18 @@ def two_inputs():
     return keras.Model(given, L.Dense(1)(L.Concatenate()([given["p"], given["q"]])))
 
 
+class Sum(L.Layer):
+    """Adds up its inputs, of which the second one may be missing."""
+
+    def call(self, values, more=None):
+        return values if more is None else values + more
+
+
+def optional():
+    given = {"x": keras.Input((4,), name="x"), "more": keras.Input((4,), name="more", optional=True)}
+    return keras.Model(given, L.Dense(1)(Sum()(given["x"], given["more"])))
+
+
 def per_step():
     return network(L.SimpleRNN(3, return_sequences=True), L.Dense(1), inputs=(T, 3))
 
@@ -153,6 +165,10 @@ def of_policy(policy):
 # Losses and metrics.
 
 
+def distance(y_true, y_pred):
+    return sum(tf.reduce_mean(tf.abs(a - b), -1) for a, b in zip(y_true, y_pred, strict=True))
+
+
 def cubed(y_true, y_pred):
     return tf.abs(y_true - y_pred) ** 3
 
@@ -187,6 +203,11 @@ def sgd(**options):
 
 def adam(**options):
     return lambda: {"loss": "mse", "optimizer": keras.optimizers.Adam(0.03, **options)}
+
+
+def several():
+    one_each = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {"a/.*": keras.optimizers.Adam(0.03)})
+    return {"loss": "mse", "optimizer": keras.optimizers.MultiOptimizer(one_each)}
 
 
 class Row(NamedTuple):
@@ -242,6 +263,10 @@ ROWS = {
     ),
     "named, one left out": Row(named, (x, named_y), {"loss": {"a": "mse"}, "metrics": {"a": ["mae"]}}),
     "nested": Row(nested, (x, {"first": y, "rest": [y2, y3]}), {"loss": {"first": "mse", "rest": ["mae", "mse"]}}),
+    "pair as a whole and in parts": Row(
+        two, (x, (y, y2)), {"loss": (distance, ["mse", "mae"]), "loss_weights": (0.5, [2.0, 0.25])}
+    ),
+    "optional input": Row(optional, ({"x": x, "more": None}, y)),
     # Weights of examples.
     "weights (n,)": Row(one, (x, y), MAE, weight=w),
     "weights, integers": Row(one, (x, y), weight=np.arange(N) % 4),
@@ -282,6 +307,7 @@ ROWS = {
     "ema": Row(one, (x, y), adam(use_ema=True, ema_momentum=0.5, weight_decay=0.1)),
     "ema, overwriting": Row(one, (x, y), adam(use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)),
     "accumulation": Row(one, (x, y), adam(gradient_accumulation_steps=2)),
+    "several optimizers": Row(one, (x, y), several),
     "clipnorm": Row(one, (x, y), sgd(clipnorm=0.1)),
     "global clipnorm": Row(one, (x, y), sgd(global_clipnorm=0.1)),
     "schedule": Row(one, (x, y), sgd(learning_rate=keras.optimizers.schedules.CosineDecay(0.3, 5))),

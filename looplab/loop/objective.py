@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from looplab import checks
 from looplab.checkpoint.callbacks import settings_of
-from looplab.compat import compile_parts
+from looplab.compat import compile_parts, loss_weights
 from looplab.keras_models import compiled_model, compiled_with, overrides
 from looplab.loop import plausible, step_checks
 from looplab.loop.context import Step
@@ -158,10 +158,7 @@ class Objective:
         if not by_output:
             loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "name", None)
             return {loss or getattr(self.loss, "__name__", None) or "targets": total}
-        weights = self.loss_weights
-        if isinstance(weights, dict):
-            weights = [weights.get(name.removesuffix("_loss"), 1.0) for name in by_output]
-        weighted = zip(by_output.items(), weights or [1.0] * len(by_output), strict=True)
+        weighted = zip(by_output.items(), loss_weights(self._loss), strict=True)
         return {name: metric.result() * weight for (name, metric), weight in weighted}
 
     def compute_metrics(self, step: Step, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:

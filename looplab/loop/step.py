@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.compat import trained_by
+from looplab.compat import trained_by, with_rates
 from looplab.loop import context, plausible, step_checks
 from looplab.loop.graphs import creating_ahead
 from looplab.loop.guard import NO_ROWS, Guard
@@ -105,7 +105,7 @@ class StepRunner:
         trainer, guard, metrics = self.trainer, self.guard, self.batch_metrics
         step = self.new_step(kind)
         if kind == "train":  # their values when the step uses them
-            optimizers = self.variables.optimizers().values()
+            optimizers = with_rates(self.variables.optimizers()).values()
             self._rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
             step.trains = self.prepare
         assert step.metrics is not None
@@ -185,8 +185,10 @@ class StepRunner:
 
     def _learning_rates(self) -> dict[str, tf.Tensor]:
         """Of those that steps use, that of the trainer's `optimizer` as `learning_rate`, any other under its path."""
+        optimizers = self.variables.optimizers().items()
+        used = {path: optimizer for path, optimizer in optimizers if id(optimizer) in self.minimized}
         return {
             LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): self._rates[id(optimizer)]
-            for path, optimizer in self.variables.optimizers().items()
-            if id(optimizer) in self._rates and id(optimizer) in self.minimized
+            for path, optimizer in with_rates(used).items()
+            if id(optimizer) in self._rates
         }

@@ -27,7 +27,8 @@ def parts(batch: Any) -> tuple[Any, Any, Any]:
 @contextlib.contextmanager
 def inputs(x: Any, model: Any) -> Iterator[None]:
     """Requires inputs that fit a Keras model, which is called inside it."""
-    declared, leaves = getattr(model, "inputs", None), tf.nest.flatten(x)
+    declared = getattr(model, "inputs", None)
+    leaves = [leaf for leaf in tf.nest.flatten(x) if leaf is not None]  # which an optional input may be
     if isinstance(declared, list) and len(declared) == len(leaves):
         if any(leaf.dtype == tf.string for leaf in leaves) and not any(one.dtype == "string" for one in declared):
             raise TypeError(
