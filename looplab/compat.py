@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import re
 import threading
@@ -199,6 +200,24 @@ def read_only_inputs(operation: tf.Operation) -> Collection[int]:
 
 EAGER_VARIABLE = {"experimental_enable_variable_lifting": False}
 """Lets a variable be created outside the graph while a function is traced."""
+
+
+def first_reads(*variables: Any) -> list[tuple[tf.Variable, tf.Tensor]]:
+    """Those that are Keras variables as TensorFlow's, each with its value."""
+    kept = [variable.value for variable in variables if isinstance(variable, keras.Variable)]
+    return [(variable, variable.value()) for variable in kept]
+
+
+@contextlib.contextmanager
+def read_as(values: list[tuple[tf.Variable, tf.Tensor]]) -> Iterator[None]:
+    """Inside it, reading one of these variables gives this value, without an operation."""
+    for variable, value in values:
+        variable._cached_value = value
+    try:
+        yield
+    finally:
+        for variable, _ in values:
+            variable._cached_value = None
 
 
 class Hooks:

@@ -51,6 +51,8 @@ class Compiled:
         """What the scalars are, once the step has run or was traced."""
         self.names: list[str] = []
         """Of the scalars, once the step has run or was traced."""
+        self.codes: Sequence[Any] = ()
+        """The variables that hold the fault of a step; with replicas, those of each."""
         self.restored: Callable[[], Sequence[Any]] = list
         """Returns the variables that get their values back after a step with a fault, with replicas those of each."""
         self._image_names: list[str] = []
@@ -86,20 +88,17 @@ class Compiled:
         """The graph of one step; None in eager mode."""
         return None if self.eager else self._one_step.graph
 
-    def __call__(self, iterator: Any, steps: int, first: int, faulty: int = 0, most_faulty: int = 0) -> CallLogs:
-        """Runs up to `steps` steps on the batches of `iterator`.
+    def __call__(self, iterator: Any, steps: int, first: int) -> CallLogs:
+        """Runs up to `steps` steps on the batches of `iterator`; one with a fault is the last.
 
         Args:
             iterator: Of batches.
             steps: How many steps.
             first: The number of the first of them, from 1.
-            faulty: How many steps in a row before had a fault.
-            most_faulty: How many steps in a row may have a fault: one more is the last step.
         """
         if isinstance(iterator, Single) and not self.eager:
             return CallLogs.of_tables(*self._on_single(iterator, first), self.names, self._image_names)
-        numbers = (tf.constant(number, tf.int32) for number in (steps, faulty, most_faulty))
-        counts = tf.constant(first, tf.int64), *numbers
+        counts = tf.constant(first, tf.int64), tf.constant(steps, tf.int32)
         if self.eager:
             with recording():
                 rows, pictures, batch = self._on_iterator(iterator, *counts)
@@ -145,12 +144,8 @@ class Compiled:
                 images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
         return weight, scalars, images, fault
 
-    def _sound_step(self, batch: Any, faulty: Any, most_faulty: Any) -> tuple[tf.Tensor, Any, Any, tf.Tensor, Any, Any]:
-        """One step, of which a fault leaves no trace in the variables.
-
-        Returns:
-            What `_whole_step` does, how many steps in a row had a fault, and whether another step may follow.
-        """
+    def _sound_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
+        """What `_whole_step` returns, of a step of which a fault leaves no trace in the variables."""
         variables = [self.copies.written_for(variable) for variable in self.restored()]
         before = [(variable, tf.convert_to_tensor(variable)) for variable in variables]
 
@@ -158,53 +153,45 @@ class Compiled:
             for variable, value in before:
                 variable.assign(value)
 
-        def after_fault() -> tuple[tf.Tensor, tf.Tensor]:
-            undo()
-            in_a_row = tf.where(fault > 0, faulty + 1, 0)
-            return in_a_row, (fault > 0) & (in_a_row <= most_faulty)
-
         try:
             weight, scalars, images, fault = self._whole_step(batch) if self.eager else self._one_step(batch)
         except Exception:  # in eager mode, after a part of the step
             undo()
             raise
-        faulty, may_continue = tf.cond(tf.equal(fault, 0), lambda: (tf.constant(0), tf.constant(True)), after_fault)
-        return weight, scalars, images, fault, faulty, may_continue
+        if before:
+            tf.cond(tf.equal(fault, 0), lambda: None, undo)
+        return weight, scalars, images, fault
 
     def _worst(self, codes: Any) -> tf.Tensor:
         """Of the replicas' codes the lowest if one is negative, else the highest."""
         values = tf.stack(self._strategy.experimental_local_results(codes))
         return tf.where(tf.reduce_any(values < 0), tf.reduce_min(values), tf.reduce_max(values))
 
-    def _on_iterator(self, iterator, first, steps, faulty, most_faulty):
+    def _on_iterator(self, iterator, first, steps):
         """The loop around the step: a graph, or in eager mode run by Python."""
-        rows, pictures, done, continues = self._tables(steps)
+        tables, done, continues = self._start(steps)
         batch = iterator.get_next_as_optional()
         while continues & batch.has_value():
-            rows, pictures, faulty, continues = self._recorded(
-                rows, pictures, done, first, batch.get_value(), faulty, most_faulty
-            )
+            tables, continues = self._recorded(tables, done, first, batch.get_value())
             done += 1
             continues &= done < steps
             if continues:  # otherwise the next call would lack a batch, and an error the faulty one
                 batch = iterator.get_next_as_optional()
-        return rows.stack()[:done], pictures.stack()[:done], batch
+        return *self._stacked(tables, done), batch
 
     def _on_resident(self, data: Resident, counts: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Any]:
         """The loop around the step, in the running pass over arrays."""
         layout = data.layout
 
-        def call(tensors, order, batch_size, position, left, first, steps, faulty, most_faulty):
+        def call(tensors, order, batch_size, position, left, first, steps):
             steps = tf.minimum(steps, left)
-            rows, pictures, done, continues = self._tables(steps)
+            tables, done, continues = self._start(steps)
             while continues:
                 batch = gather(layout, tensors, rows_of(order, position + done, batch_size))
-                rows, pictures, faulty, continues = self._recorded(
-                    rows, pictures, done, first, batch, faulty, most_faulty
-                )
+                tables, continues = self._recorded(tables, done, first, batch)
                 done += 1
                 continues &= done < steps
-            return rows.stack()[:done], pictures.stack()[:done]
+            return self._stacked(tables, done)
 
         sizes = [tf.constant(number) for number in (data.batch_size, data.position, data.left)]
         if (key := str(layout)) not in self._on_arrays:
@@ -219,7 +206,8 @@ class Compiled:
         """A single step, without a loop."""
 
         def call(batch, first):
-            weight, scalars, images, fault, *_ = self._sound_step(batch, 0, 0)
+            self._start(1)
+            weight, scalars, images, fault = self._sound_step(batch)
             return tf.stack([self._row(weight, scalars, fault)]), tf.stack([self._encoded(images, first)])
 
         if self._alone is None:
@@ -227,28 +215,31 @@ class Compiled:
         rows, pictures = self._alone(data.get_value(), tf.constant(first, tf.int64))
         return rows, pictures, data
 
-    def _tables(self, steps):
-        """What a loop fills and counts: rows of numbers, encoded images, the steps done, and whether it continues."""
-        size = 0 if self.eager else steps
-        row_shape = None if self.eager else (2 + len(self.names),)
-        picture_shape = None if self.eager else (len(self._image_names),)
-        rows = tf.TensorArray(tf.float64, size, dynamic_size=self.eager, element_shape=row_shape)
-        pictures = tf.TensorArray(tf.string, size, dynamic_size=self.eager, element_shape=picture_shape)
-        return rows, pictures, tf.constant(0), tf.constant(True)
+    def _start(self, steps):
+        """Forgets the last fault, and returns what a loop has: its tables, the steps done, and whether it continues."""
+        for variable in self.codes:
+            self.copies.written_for(variable).assign(0)
+        columns = {tf.float64: 2 + len(self.names), tf.string: len(self._image_names)}
+        if self.eager:  # whose columns the first step shows
+            tables = [tf.TensorArray(dtype, 0, dynamic_size=True) for dtype in columns]
+        else:
+            tables = [tf.TensorArray(dtype, steps, element_shape=(n,)) for dtype, n in columns.items() if n]
+        return tables, tf.constant(0), tf.constant(True)
 
-    def _recorded(self, rows, pictures, done, first, batch, faulty, most_faulty):
-        """Runs a step, and adds its values to the tables.
-
-        Returns:
-            The tables, how many steps in a row had a fault, and whether another step may follow.
-        """
-        weight, scalars, images, fault, faulty, continues = self._sound_step(batch, faulty, most_faulty)
+    def _recorded(self, tables, done, first, batch):
+        """Runs a step: the tables with its values, and whether another step may follow."""
+        weight, scalars, images, fault = self._sound_step(batch)
+        rows, *pictures = tables
         rows = rows.write(done, self._row(weight, scalars, fault))
-        if self._image_names:
-            pictures = pictures.write(done, self._encoded(images, first + tf.cast(done, tf.int64)))
+        pictures = [table.write(done, self._encoded(images, first + tf.cast(done, tf.int64))) for table in pictures]
         with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
             stops = tf.convert_to_tensor(self._stop)
-        return rows, pictures, faulty, continues & ~stops
+        return [rows, *pictures], tf.equal(fault, 0) & ~stops
+
+    def _stacked(self, tables, done):
+        """The rows of numbers and of encoded images that a loop has filled."""
+        rows, *pictures = (table.stack()[:done] for table in tables)
+        return rows, *(pictures or [tf.zeros((0, 0), tf.string)])
 
     def _row(self, weight: tf.Tensor, scalars: dict[str, tf.Tensor], fault: tf.Tensor) -> tf.Tensor:
         """The numbers of a step, in the order of the columns."""

@@ -213,10 +213,9 @@ class Engine:
     def _call(self, kind: str, step: Any, iterator: Any, asked: int, progress: Progress) -> CallLogs:
         """One graph call of up to `asked` steps."""
         first = 1 + (self.state.steps if kind == "train" else progress.batches)
-        most_faulty = self.runner.trainer.skip_nonfinite
         try:
             with self.runner.eager_lock if step.eager else contextlib.nullcontext():
-                logs = step(iterator, asked, first, progress.faults, most_faulty)
+                logs = step(iterator, asked, first)
         except BaseException as error:
             self.runner.batch_metrics.reset()  # the step may not have ended
             raise_own(error)

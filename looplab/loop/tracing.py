@@ -131,12 +131,11 @@ class Tracer:
         if not eagerly:
             self._meanings[kind] = loop.meaning
             self._find_strays(kind, loop)
-        if not trains:
-            loop.restored = lambda: guard.variables
-        elif loop.graph is None:
-            loop.restored = lambda: [*variables.changeable(), *guard.variables]
-        else:
-            found = [*guard.to_restore(variables.changeable(), loop.graph), *guard.variables]
+        loop.codes = guard.variables
+        if trains and loop.graph is None:
+            loop.restored = variables.changeable
+        elif trains:
+            found = guard.to_restore(variables.changeable(), loop.graph)
             loop.restored = lambda: found
         loop.meaning = self._meanings.get(kind, loop.meaning)  # in eager mode, that of the trace that a resume makes
         return loop
