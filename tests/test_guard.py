@@ -1,5 +1,7 @@
 """Losses and gradients that are not finite: no update, and a word on which."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -321,3 +323,19 @@ def test_one_replica_of_two_stops_both(line, two_devices):
         trainer.fit(poisoned(line, 7), verbose=0)
     for one, other in zip(before, trainer.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_xla_runs_the_loop_over_arrays_as_tensorflow_does(line, tmp_path):
+    def fitted(rate=0.1, epochs=2, **options):
+        keras.utils.set_random_seed(0)
+        trainer = looplab.Trainer(net(), optimizer=keras.optimizers.SGD(rate), loss="mse", seed=0, **options)
+        with contextlib.suppress(FloatingPointError):
+            trainer.fit(*line, batch_size=32, epochs=epochs, verbose=0)
+        return trainer
+
+    plain, *compiled = (fitted(jit_compile=jit, steps_per_execution=k) for jit, k in ((False, 3), (True, 3), (True, 100)))
+    assert_same(state(compiled[0]), state(compiled[1]))
+    for path, value in state(plain).items():
+        np.testing.assert_allclose(state(compiled[0])[path], value, 1e-5, 1e-6, err_msg=path)
+    plain, compiled = (fitted(1e20, 1, jit_compile=jit, log_dir=tmp_path / str(jit)) for jit in (False, True))
+    assert plain.steps == compiled.steps > 0

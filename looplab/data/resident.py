@@ -96,6 +96,12 @@ class Resident:
         """How many batches are left in this pass."""
         return self.batches - self.position
 
+    @property
+    def alike(self) -> tuple[int, int]:
+        """How many rows the next batch has, and how many batches in a row have as many."""
+        full = self.rows // self.batch_size - self.position
+        return (self.batch_size, full) if full else (self.rows % self.batch_size, 1)
+
     def at(self, batch: int) -> Resident:
         """An iterator that starts at a batch, counted from the first one of the first pass."""
         iterator = copy.copy(self)
@@ -136,10 +142,10 @@ def shuffled(size: int, seed: int, number: Any) -> tf.Tensor:
     return tf.random.experimental.stateless_shuffle(tf.range(size, dtype=tf.int64), seeds)
 
 
-def rows_of(order: tf.Tensor, batch: tf.Tensor, batch_size: Any) -> tf.Tensor:
-    """The rows of a batch of a pass with this order."""
+def rows_of(order: tf.Tensor, batch: tf.Tensor, batch_size: Any, rows: int | None = None) -> tf.Tensor:
+    """The rows of a batch of a pass with this order; `rows` is their number, if it must be fixed."""
     first, size = tf.cast(batch, tf.int64), tf.cast(batch_size, tf.int64)
-    return order[first * size : (first + 1) * size]
+    return order[first * size : (first + 1) * size] if rows is None else tf.gather(order, first * size + tf.range(rows, dtype=tf.int64))
 
 
 def gather(layout: Any, tensors: list[Any], rows: tf.Tensor) -> Any:

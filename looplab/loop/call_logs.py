@@ -29,20 +29,22 @@ class CallLogs(NamedTuple):
 
     @classmethod
     def of_tables(
-        cls, rows: tf.Tensor, pictures: tf.Tensor, batch: Any, names: Sequence[str], image_names: Sequence[str]
+        cls, tables: Sequence[tf.Tensor], batch: Any, names: Sequence[str], image_names: Sequence[str]
     ) -> CallLogs:
         """The logs of a call that returned these tables.
 
         Args:
-            rows: float64, shape (done, 2 + names): the number of examples of each step, its fault, and its scalars.
-            pictures: Strings, shape (done, image_names): the images of each step, or "".
+            tables: float64, shape (done, 2 + names): the number of examples of each step, its fault, and its scalars;
+                and if there are images, strings, shape (done, image_names): the images of each step, or "".
             batch: The last one.
             names, image_names: Those of the columns.
         """
+        rows, *pictures = tables
         table = rows.numpy().reshape(-1, 2 + len(names))  # without a step there are no columns
         images = [
             (index, name, tf.io.parse_tensor(cell, tf.string).numpy().tolist())
-            for index, row in enumerate(pictures.numpy())
+            for cells in pictures
+            for index, row in enumerate(cells.numpy())
             for name, cell in zip(image_names, row, strict=True)
             if cell
         ]

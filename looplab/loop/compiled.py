@@ -16,6 +16,9 @@ from looplab.loop.step import Meaning, StepLogs
 from looplab.summaries.writer import image_content
 
 
+_MOST = 1024  # steps in a loop that XLA compiles: it fixes the size of tables
+
+
 class Compiled:
     """A step as a graph call that runs up to K steps and returns the logs of each.
 
@@ -30,7 +33,7 @@ class Compiled:
         strategy: Where the step runs. The replicas' scalars are averaged, weighted by their numbers of examples.
         read_only: Whether the step changes copies of the variables that it would change: see `copies`.
         stop: A bool variable: once it is true, the running step is the last one.
-        jit_compile: Whether XLA compiles the step.
+        jit_compile: Whether XLA compiles the step, and where it can the loop around it: see `_on_resident`.
         run_eagerly: Whether Python runs the step line by line, for debugging.
     """
 
@@ -60,6 +63,7 @@ class Compiled:
         self._image_every = image_every
         self._strategy = strategy
         self._stop = stop
+        self._jit_compile = jit_compile
         self._traced: Callable | None = None
         self._alone: Callable | None = None
         self._on_arrays: dict[Any, Callable] = {}
@@ -101,14 +105,14 @@ class Compiled:
         counts = tf.constant(first, tf.int64), tf.constant(steps, tf.int32)
         if self.eager:
             with recording():
-                rows, pictures, batch = self._on_iterator(iterator, *counts)
+                tables, batch = self._on_iterator(iterator, *counts)
         elif isinstance(iterator, Resident):
-            rows, pictures, batch = self._on_resident(iterator, counts)
+            tables, batch = self._on_resident(iterator, counts)
         else:
             if self._traced is None:
                 self._traced = tf.function(self._on_iterator).get_concrete_function(iterator, *counts)
-            rows, pictures, batch = self._traced(iterator, *counts)
-        return CallLogs.of_tables(rows, pictures, batch, self.names, self._image_names)
+            tables, batch = self._traced(iterator, *counts)
+        return CallLogs.of_tables(tables, batch, self.names, self._image_names)
 
     def _create_variables(self) -> None:
         """Runs the step in a graph that is then dropped; the variables that Keras created remain.
@@ -177,43 +181,49 @@ class Compiled:
             continues &= done < steps
             if continues:  # otherwise the next call would lack a batch, and an error the faulty one
                 batch = iterator.get_next_as_optional()
-        return *self._stacked(tables, done), batch
+        return [table.stack()[:done] for table in tables], batch
 
-    def _on_resident(self, data: Resident, counts: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Any]:
-        """The loop around the step, in the running pass over arrays."""
-        layout = data.layout
+    def _on_resident(self, data: Resident, counts: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], Any]:
+        """The loop around the step, in the running pass over arrays.
 
-        def call(tensors, order, batch_size, position, left, first, steps):
-            steps = tf.minimum(steps, left)
-            tables, done, continues = self._start(steps)
+        If XLA compiles the step, it also compiles this loop, unless steps return images, which it cannot encode. As it
+        has a program for each shape, a smaller last batch has a call of its own.
+        """
+        layout, by_xla = data.layout, self._jit_compile and not self._image_names
+        batch_rows, most = data.alike if by_xla else (None, data.left)
+
+        def call(tensors, order, batch_size, position, most, first, steps):
+            steps = tf.minimum(steps, most)
+            tables, done, continues = self._start(_MOST if by_xla else steps)
             while continues:
-                batch = gather(layout, tensors, rows_of(order, position + done, batch_size))
+                batch = gather(layout, tensors, rows_of(order, position + done, batch_size, batch_rows))
                 tables, continues = self._recorded(tables, done, first, batch)
                 done += 1
                 continues &= done < steps
-            return self._stacked(tables, done)
+            return [table.stack()[: None if by_xla else done] for table in tables], done
 
-        sizes = [tf.constant(number) for number in (data.batch_size, data.position, data.left)]
-        if (key := str(layout)) not in self._on_arrays:
-            specs = data.tensor_specs, tf.TensorSpec([None], tf.int64)
-            self._on_arrays[key] = tf.function(call).get_concrete_function(*specs, *sizes, *counts)
-        rows, pictures = self._on_arrays[key](data.tensors, data.order, *sizes, *counts)
-        last = data.ahead(len(rows) - 1)
-        data.skip(len(rows))
-        return rows, pictures, last
+        most = min(most, _MOST) if by_xla else most
+        sizes = [tf.constant(number) for number in (data.batch_size, data.position, most)]
+        if (key := (str(layout), batch_rows)) not in self._on_arrays:
+            specs = data.tensor_specs, tf.TensorSpec([None], tf.int64), *sizes, *counts
+            self._on_arrays[key] = tf.function(call, jit_compile=by_xla or None).get_concrete_function(*specs)
+        tables, done = self._on_arrays[key](data.tensors, data.order, *sizes, *counts)
+        tables = [table[:done] for table in tables] if by_xla else tables
+        last = data.ahead(int(done) - 1)
+        data.skip(int(done))
+        return tables, last
 
-    def _on_single(self, data: Single, first: int) -> tuple[tf.Tensor, tf.Tensor, Any]:
+    def _on_single(self, data: Single, first: int) -> tuple[list[tf.Tensor], Any]:
         """A single step, without a loop."""
 
         def call(batch, first):
             self._start(1)
             weight, scalars, images, fault = self._sound_step(batch)
-            return tf.stack([self._row(weight, scalars, fault)]), tf.stack([self._encoded(images, first)])
+            return [tf.stack([self._row(weight, scalars, fault)]), tf.stack([self._encoded(images, first)])]
 
         if self._alone is None:
             self._alone = tf.function(call).get_concrete_function(self.element_spec, tf.TensorSpec((), tf.int64))
-        rows, pictures = self._alone(data.get_value(), tf.constant(first, tf.int64))
-        return rows, pictures, data
+        return self._alone(data.get_value(), tf.constant(first, tf.int64)), data
 
     def _start(self, steps):
         """Forgets the last fault, and returns what a loop has: its tables, the steps done, and whether it continues."""
@@ -235,11 +245,6 @@ class Compiled:
         with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
             stops = tf.convert_to_tensor(self._stop)
         return [rows, *pictures], tf.equal(fault, 0) & ~stops
-
-    def _stacked(self, tables, done):
-        """The rows of numbers and of encoded images that a loop has filled."""
-        rows, *pictures = (table.stack()[:done] for table in tables)
-        return rows, *(pictures or [tf.zeros((0, 0), tf.string)])
 
     def _row(self, weight: tf.Tensor, scalars: dict[str, tf.Tensor], fault: tf.Tensor) -> tf.Tensor:
         """The numbers of a step, in the order of the columns."""
