@@ -17,6 +17,8 @@ import tensorflow as tf
 from keras.src import losses, metrics
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import data_adapter_utils
+from tensorflow.python.autograph.core import config as autograph
+from tensorflow.python.autograph.core.config import Convert, DoNotConvert
 
 # Keras
 
@@ -153,6 +155,24 @@ def accept_negative_numbers(parser: argparse.ArgumentParser) -> None:
 
 
 # TensorFlow
+
+
+@contextlib.contextmanager
+def converting_users_code() -> Iterator[None]:
+    """Inside it, AutoGraph does not convert the code of looplab, for which it would take seconds."""
+    rules = autograph.CONVERSION_RULES
+    autograph.CONVERSION_RULES = (Convert("looplab.recipes"), DoNotConvert("looplab"), *rules)
+    try:
+        yield
+    finally:
+        autograph.CONVERSION_RULES = rules
+
+
+def converted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that may be a user's, to be called in a graph: its conditions and loops may depend on tensors."""
+    if tf.executing_eagerly():
+        return function
+    return tf.__internal__.autograph.tf_convert(function, tf.__internal__.autograph.control_status_ctx())
 
 
 def temporary_graph() -> Any:

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from looplab import checks, keras_names
+from looplab.compat import converted
 from looplab.keras_models import own_method
 from looplab.loop import context, step_checks
 from looplab.loop.engine import Engine
@@ -47,7 +48,7 @@ class Steps:
             y_pred = self(x, training=True)
             loss = _with_training(self.compute_loss, x, y, y_pred, sample_weight, training=True)
         self.minimize(tape, loss)
-        return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
+        return {"loss": loss, **converted(self.compute_metrics)(x, y, y_pred, sample_weight)}
 
     def test_step(self, batch: Any) -> dict[str, Any]:
         """Evaluates one batch; takes and returns what `train_step` does."""
@@ -56,7 +57,7 @@ class Steps:
         x, y, sample_weight = step_checks.parts(batch)
         y_pred = self(x, training=False)
         loss = _with_training(self.compute_loss, x, y, y_pred, sample_weight, training=False)
-        return {"loss": loss, **self.compute_metrics(x, y, y_pred, sample_weight)}
+        return {"loss": loss, **converted(self.compute_metrics)(x, y, y_pred, sample_weight)}
 
     def predict_step(self, batch: Any) -> Any:
         """The outputs for one batch: a tensor or a structure of tensors, with the examples along the first axis."""
@@ -77,6 +78,7 @@ class Steps:
         # Any layer takes it, also if its `call` does not: the layers inside obey it.
         takes_training = isinstance(call, keras.Layer) or "training" in inspect.signature(call).parameters
         with step_checks.inputs(x, call):
+            call = call if isinstance(call, keras.Layer) else converted(call)
             return call(x, training=training) if takes_training and training is not None else call(x)
 
     def compute_loss(
@@ -270,7 +272,7 @@ def _with_training(compute_loss: Callable[..., Any], *arguments: Any, training: 
     """Calls a `compute_loss`, which may have been written before Keras gave it the argument `training`."""
     parameters = inspect.signature(compute_loss).parameters.values()
     takes_training = any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return compute_loss(*arguments, **({"training": training} if takes_training else {}))
+    return converted(compute_loss)(*arguments, **({"training": training} if takes_training else {}))
 
 
 def _running(engine: Engine) -> context.Step:

@@ -333,7 +333,9 @@ def test_xla_runs_the_loop_over_arrays_as_tensorflow_does(line, tmp_path):
             trainer.fit(*line, batch_size=32, epochs=epochs, verbose=0)
         return trainer
 
-    plain, *compiled = (fitted(jit_compile=jit, steps_per_execution=k) for jit, k in ((False, 3), (True, 3), (True, 100)))
+    plain, *compiled = (
+        fitted(jit_compile=jit, steps_per_execution=k) for jit, k in ((False, 3), (True, 3), (True, 100))
+    )
     assert_same(state(compiled[0]), state(compiled[1]))
     for path, value in state(plain).items():
         np.testing.assert_allclose(state(compiled[0])[path], value, 1e-5, 1e-6, err_msg=path)

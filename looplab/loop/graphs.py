@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from looplab.compat import EAGER_VARIABLE, Hooks, read_only_inputs
+from looplab.compat import EAGER_VARIABLE, Hooks, converting_users_code, read_only_inputs
 from looplab.variables import plain
 
 _READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape")
@@ -44,10 +44,16 @@ def trace(function: Callable[..., Any], *specs: Any, jit_compile: bool = False) 
 
     def traced() -> Any:
         with releasable:
-            return tf.function(creating, jit_compile=jit_compile or None).get_concrete_function(*specs)
+            return concrete(creating, *specs, jit_compile=jit_compile)
 
-    concrete = traced()
-    return traced() if created else concrete
+    first = traced()
+    return traced() if created else first
+
+
+def concrete(function: Callable[..., Any], *specs: Any, jit_compile: bool = False) -> Any:
+    """The `tf.function` of a function that creates no variables, traced for these signatures."""
+    with converting_users_code():
+        return tf.function(function, jit_compile=jit_compile or None).get_concrete_function(*specs)
 
 
 @contextlib.contextmanager

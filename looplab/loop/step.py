@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.compat import trained_by, with_rates
+from looplab.compat import converted, trained_by, with_rates
 from looplab.loop import context, plausible, step_checks
 from looplab.loop.graphs import creating_ahead
 from looplab.loop.guard import NO_ROWS, Guard
@@ -118,7 +118,7 @@ class StepRunner:
                 step.rows = weight
             if kind == "train" and self.class_weights is not None:
                 batch = self.class_weights.weigh(batch, plausible.targets_of(self.objective.loss), guard.report)
-            returned = step_checks.step_logs(f"{kind}_step", function(batch))
+            returned = step_checks.step_logs(f"{kind}_step", converted(function)(batch))
             rates = self._learning_rates() if kind == "train" else {}
             named, parts = self._named(step, returned, rates)
             values = {n: step_checks.scalar(f"`{kind}_step` returned", n, value) for n, value, *_ in named}
@@ -140,7 +140,7 @@ class StepRunner:
     def predict(self, function: Callable[[Any], Any], batch: Any) -> Any:
         """Runs a prediction step; what it logs is forgotten."""
         with context.running(context.Step("predict", self.guard, None, {})):
-            return function(batch)
+            return converted(function)(batch)
 
     def new_step(self, kind: str) -> context.Step:
         """A step that has not recorded anything yet."""
