@@ -65,10 +65,9 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
     seen: set[int] = set()  # also the variables that Keras knows
 
     def visit(path: str, value: Any, is_own: bool, layer: keras.Layer | None = None) -> Iterator[Held]:
-        is_variable, is_container = isinstance(value, VARIABLES), isinstance(value, (dict, list, tuple))
-        is_found = is_variable or is_container or isinstance(value, keras.Optimizer)
-        if id(value) in seen or (layer is not None and not is_found):
+        if id(value) in seen or (layer is not None and not _may_be_untracked(value)):
             return
+        is_variable, is_container = isinstance(value, VARIABLES), isinstance(value, (dict, list, tuple))
         seen.add(id(value))
         if isinstance(value, _LEAVES):
             is_trainable = is_variable and _is_trainable(value) and (layer is None or layer.trainable)
@@ -78,7 +77,7 @@ def walk(attributes: dict[str, Any]) -> Iterator[Held]:
                 seen.update(map(id, value.variables))
                 for index, inner in enumerate(all_layers(value)):
                     for name, attribute in vars(inner).items():
-                        if not name.startswith("_self_"):
+                        if _may_be_untracked(attribute) and not name.startswith("_self_"):
                             inside = f"{path}/{index}" if index else path
                             yield from visit(f"{inside}/{name}", attribute, True, inner)
             return
@@ -119,6 +118,16 @@ def marks(attributes: dict[str, Any]) -> list[Any]:
         elif not isinstance(value, _LEAVES):
             pending += [inner for _, inner in _members(value)]
     return found
+
+
+def _may_be_untracked(attribute: Any) -> bool:
+    """Whether an attribute of a Keras layer may be or hold what Keras does not track; most are of few other classes."""
+    return _is_untracked(type(attribute))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _is_untracked(kind: type) -> bool:
+    return issubclass(kind, (dict, list, tuple, keras.Optimizer, *VARIABLES))
 
 
 def _is_trainable(variable: Any) -> bool:
