@@ -68,7 +68,8 @@ class ProgressBar(keras.callbacks.Callback):
         bar, _ = self._bars.pop()
         if not bar.disable and bar.leave:
             values, columns = shown(logs or {}), bar.format_dict["ncols"] or math.inf
-            bar.bar_format = "{desc}{postfix} [{n_fmt} in {elapsed}, {rate_fmt}]"
+            costs = self.params.get("costs")
+            bar.bar_format = f"{{desc}}{{postfix}} [{{n_fmt}} in {{elapsed}}, {{rate_fmt}}]{_warning(costs)}"
             bar.set_postfix(values, refresh=False)
             while len(str(bar)) >= columns and len(values) > 2:  # a number that is cut off looks like another one
                 values.popitem()
@@ -85,7 +86,7 @@ class EpochLine(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):  # noqa: D102
         values = " - ".join(f"{name}: {value}" for name, value in shown(logs or {}).items())
-        say(f"epoch {epoch + 1}/{self.params['epochs']} - {values}")
+        say(f"epoch {epoch + 1}/{self.params['epochs']} - {values}{_warning(self.params.get('costs'))}")
 
 
 class Pictures(keras.callbacks.Callback):
@@ -126,6 +127,11 @@ def hooked_to_batches(callbacks: Iterable[keras.callbacks.Callback], kind: str) 
     """The callbacks that act on each batch; `kind` is "train", "test" or "predict"."""
     names = [f"on_{kind}_batch_begin", f"on_{kind}_batch_end", "on_batch_begin", "on_batch_end"]
     return [callback for callback in callbacks if any(_overrides(callback, name) for name in names)]
+
+
+def _warning(costs: Any) -> str:
+    """The warning of the `Costs` of a training, behind a space; "" without any."""
+    return f" {costs.warning}" if costs is not None and costs.warning else ""
 
 
 def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:

@@ -240,5 +240,7 @@ class _Process:
             "total_steps": self.past_steps + steps,
             "finished_epochs": finished_epochs,
         }
+        if (history := self.made.trainer.history) is not None and "costs" in history.params:
+            timings["seconds_by_activity"] = history.params["costs"].seconds
         files.write_json(self.folder / files.TIMINGS, timings)
         return timings

@@ -26,17 +26,19 @@ class CallLogs(NamedTuple):
     """An optional of the last step's batch, or of nothing at the end of the data."""
     outputs: Any = None
     """Of a prediction: what the step returned."""
+    waited: float = 0.0
+    """How many seconds the steps have waited for their batches, unless these are gathered in the graph."""
 
     @classmethod
     def of_tables(
-        cls, tables: Sequence[tf.Tensor], batch: Any, names: Sequence[str], image_names: Sequence[str]
+        cls, tables: Sequence[tf.Tensor], batch: Any, waited: Any, names: Sequence[str], image_names: Sequence[str]
     ) -> CallLogs:
         """The logs of a call that returned these tables.
 
         Args:
             tables: float64, shape (done, 2 + names): the number of examples of each step, its fault, and its scalars;
                 and if there are images, strings, shape (done, image_names): the images of each step, or "".
-            batch: The last one.
+            batch, waited: Those of the logs.
             names, image_names: Those of the columns.
         """
         rows, *pictures = tables
@@ -49,7 +51,8 @@ class CallLogs(NamedTuple):
             if cell
         ]
         weights, faults, *columns = table.T
-        return cls(len(table), weights, dict(zip(names, columns, strict=True)), images, faults.astype(int), batch)
+        scalars = dict(zip(names, columns, strict=True))
+        return cls(len(table), weights, scalars, images, faults.astype(int), batch, waited=float(waited))
 
     def first(self, steps: int) -> CallLogs:
         """The logs of the first steps alone."""

@@ -11,10 +11,9 @@ from looplab.compat import of_one_replica, temporary_graph
 from looplab.data.resident import Resident, Single, gather, rows_of
 from looplab.loop.call_logs import CallLogs
 from looplab.loop.context import recording
-from looplab.loop.graphs import Copies, captured, releasable, trace, written_variables
+from looplab.loop.graphs import Copies, captured, concrete, releasable, trace, written_variables
 from looplab.loop.step import Meaning, StepLogs
 from looplab.summaries.writer import image_content
-
 
 _MOST = 1024  # steps in a loop that XLA compiles: it fixes the size of tables
 
@@ -101,18 +100,18 @@ class Compiled:
             first: The number of the first of them, from 1.
         """
         if isinstance(iterator, Single) and not self.eager:
-            return CallLogs.of_tables(*self._on_single(iterator, first), self.names, self._image_names)
+            return CallLogs.of_tables(*self._on_single(iterator, first), 0, self.names, self._image_names)
         counts = tf.constant(first, tf.int64), tf.constant(steps, tf.int32)
         if self.eager:
             with recording():
-                tables, batch = self._on_iterator(iterator, *counts)
+                read: tuple[Any, ...] = self._on_iterator(iterator, *counts)
         elif isinstance(iterator, Resident):
-            tables, batch = self._on_resident(iterator, counts)
+            read = *self._on_resident(iterator, counts), 0
         else:
             if self._traced is None:
-                self._traced = tf.function(self._on_iterator).get_concrete_function(iterator, *counts)
-            tables, batch = self._traced(iterator, *counts)
-        return CallLogs.of_tables(tables, batch, self.names, self._image_names)
+                self._traced = concrete(self._on_iterator, iterator, *counts)
+            read = self._traced(iterator, *counts)
+        return CallLogs.of_tables(*read, self.names, self._image_names)
 
     def _create_variables(self) -> None:
         """Runs the step in a graph that is then dropped; the variables that Keras created remain.
@@ -174,14 +173,23 @@ class Compiled:
     def _on_iterator(self, iterator, first, steps):
         """The loop around the step: a graph, or in eager mode run by Python."""
         tables, done, continues = self._start(steps)
-        batch = iterator.get_next_as_optional()
+        batch, waited = self._read(iterator)
         while continues & batch.has_value():
             tables, continues = self._recorded(tables, done, first, batch.get_value())
             done += 1
             continues &= done < steps
             if continues:  # otherwise the next call would lack a batch, and an error the faulty one
-                batch = iterator.get_next_as_optional()
-        return [table.stack()[:done] for table in tables], batch
+                batch, seconds = self._read(iterator)
+                waited += seconds
+        return [table.stack()[:done] for table in tables], batch, waited
+
+    def _read(self, iterator: Any) -> tuple[Any, tf.Tensor]:
+        """The next batch, and how many seconds that took."""
+        start = tf.timestamp()
+        with tf.control_dependencies([start]):
+            batch = iterator.get_next_as_optional()
+        with tf.control_dependencies([batch.has_value()]):
+            return batch, tf.timestamp() - start
 
     def _on_resident(self, data: Resident, counts: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], Any]:
         """The loop around the step, in the running pass over arrays.
@@ -206,7 +214,7 @@ class Compiled:
         sizes = [tf.constant(number) for number in (data.batch_size, data.position, most)]
         if (key := (str(layout), batch_rows)) not in self._on_arrays:
             specs = data.tensor_specs, tf.TensorSpec([None], tf.int64), *sizes, *counts
-            self._on_arrays[key] = tf.function(call, jit_compile=by_xla or None).get_concrete_function(*specs)
+            self._on_arrays[key] = concrete(call, *specs, jit_compile=by_xla)
         tables, done = self._on_arrays[key](data.tensors, data.order, *sizes, *counts)
         tables = [table[:done] for table in tables] if by_xla else tables
         last = data.ahead(int(done) - 1)
@@ -222,7 +230,7 @@ class Compiled:
             return [tf.stack([self._row(weight, scalars, fault)]), tf.stack([self._encoded(images, first)])]
 
         if self._alone is None:
-            self._alone = tf.function(call).get_concrete_function(self.element_spec, tf.TensorSpec((), tf.int64))
+            self._alone = concrete(call, self.element_spec, tf.TensorSpec((), tf.int64))
         return self._alone(data.get_value(), tf.constant(first, tf.int64)), data
 
     def _start(self, steps):

@@ -16,6 +16,7 @@ from looplab.data.arrays import unpack
 from looplab.data.batches import Batches, limited
 from looplab.loop import step_checks
 from looplab.loop.call_logs import CallLogs
+from looplab.loop.costs import Costs
 from looplab.loop.errors import NoBatchError, raise_own
 from looplab.loop.guard import Fault
 from looplab.loop.objective import Objective
@@ -52,6 +53,8 @@ class Engine:
         self.folder = folder
         self.is_seeded = is_seeded
         self.tracer = Tracer(runner)
+        self.costs = Costs()
+        """Of the last call of `fit`."""
         self.on_batch: Any = None
         """Runs steps on single batches."""
         self.metrics = PassMetrics(runner)
@@ -120,7 +123,8 @@ class Engine:
             left = None if batches.steps is None else batches.steps - done
             asked = pace.next(*(number for number in (left, most) if number is not None))
             if asked == 1:  # with more, these hooks are called when the call has returned
-                _begin_batch(kind, hooks, done)
+                with self.costs.of("callbacks"):
+                    _begin_batch(kind, hooks, done)
             if may_freeze and not step.eager:
                 step = self.tracer.compiled(kind, step.element_spec)
 
@@ -131,7 +135,7 @@ class Engine:
                 outputs = tf.nest.map_structure(self.gathered, logs.outputs)
                 logs = sound = logs._replace(outputs=take_outputs(logs.batch.get_value(), outputs))
             if hooks:
-                with self.metrics.visible(step, hooks):
+                with self.costs.of("callbacks"), self.metrics.visible(step, hooks):
                     _end_batches(kind, hooks, self.shown(step, sound), done, starts=asked > 1)
             if stops:
                 raise self.fault(kind, batches.name, progress, logs)
@@ -196,10 +200,13 @@ class Engine:
             does not count, and no callback sees it.
         """
         started = time.time()
-        logs = self._call(kind, step, iterator, steps, progress)
+        with self.costs.of("steps"):
+            logs = self._call(kind, step, iterator, steps, progress)
+        self.costs.waited(logs.waited)
         progress.faults, stops = logs.faults_in_a_row(progress.faults, self.runner.trainer.skip_nonfinite)
         sound = logs.first(logs.done - 1) if stops else logs
-        self._count(kind, step, progress, sound, folder, started)
+        with self.costs.of("logging"):
+            self._count(kind, step, progress, sound, folder, started)
         return logs, sound, stops
 
     def shown(self, step: Any, logs: CallLogs) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from looplab.checkpoint.policy import lower_is_better
 from looplab.checkpoint.snapshot import Asked
 from looplab.data.arrays import held_out, is_arrays
 from looplab.data.batches import Batches
+from looplab.loop.costs import Costs
 from looplab.loop.engine import Engine
 from looplab.loop.errors import NoBatchError
 from looplab.loop.graphs import changed_tables
@@ -63,6 +64,7 @@ class Fit:
         for data in (self.train, self.validation) if store.saves or is_requested else ():
             if data is not None and data.inexact:
                 checks.inexact(data.name, data.inexact)
+        engine.costs = Costs()
         shown = [EpochLine() if self.verbose == 2 else ProgressBar()] if self.verbose else []
         callbacks = keras.callbacks.CallbackList(
             [*self.callbacks, *shown],
@@ -71,6 +73,7 @@ class Fit:
             epochs=self.epochs,
             steps=self.train.steps,
             verbose=self.verbose,
+            costs=engine.costs,
         )
         saving = Saving(engine, self.train, self.validation, callbacks, asked, self.resume)
         self._train(callbacks, saving, Interrupts(engine.tracer.stop, saves=store.saves))
@@ -104,7 +107,8 @@ class Fit:
             while state.epoch < self.epochs and not has_ended and (state.in_epoch or not trainer.stop_training):
                 if not state.in_epoch:  # else the epoch has started before the checkpoint that was resumed
                     engine.metrics.reset()
-                    callbacks.on_epoch_begin(state.epoch)
+                    with engine.costs.of("callbacks"):
+                        callbacks.on_epoch_begin(state.epoch)
                     state.in_epoch = True
                 try:
                     iterator, logs, parts = self._read(iterator, callbacks, saving, between)
@@ -118,11 +122,13 @@ class Fit:
                 validation = self._validate(callbacks, saving, interrupts)
                 state.epochs += 1
                 events.scalars("train", state.epochs, _epoch_tags(logs | parts))
+                events.scalars("time", state.epochs, {f"time/{name}": n for name, n in engine.costs.lap().items()})
                 if validation is not None:
                     values, validation_parts = validation
                     events.scalars("validation", state.epochs, _epoch_tags(values | validation_parts))
                     state.logs = logs | {f"val_{name}": value for name, value in values.items()}
-                callbacks.on_epoch_end(state.epoch, state.logs)
+                with engine.costs.of("callbacks"):
+                    callbacks.on_epoch_end(state.epoch, state.logs)
 
                 has_ended = self.train.continues and state.progress.ended
                 # The epoch is over: its means start again, as its metrics do above, and a checkpoint from here on
@@ -175,7 +181,7 @@ class Fit:
         is_due = epoch % freq == 0 if isinstance(freq, int) else epoch in freq
         if self.validation is None or not is_due:
             return None
-        with saving.validating():
+        with saving.validating(), self.engine.costs.of("validation"):
             return self.engine.evaluate(self.validation, callbacks, "validation", lambda _: interrupts.check())
 
     def _prepare(self) -> None:

@@ -109,8 +109,9 @@ class Saving:
         """Commits a checkpoint, if the call saves any."""
         if not self._store.saves:
             return
-        self._store.wait()  # for at most one copy of the variables in memory
-        self._store.commit(self._captured(), self.monitored(), self._engine.folder.events.files())
+        with self._engine.costs.of("checkpoints"):
+            self._store.wait()  # for at most one copy of the variables in memory
+            self._store.commit(self._captured(), self.monitored(), self._engine.folder.events.files())
         self._saved_steps = self._engine.state.steps
 
     def _captured(self) -> Snapshot:

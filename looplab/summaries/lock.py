@@ -14,7 +14,7 @@ from pathlib import Path
 
 from looplab.warn import warn
 
-FOLDERS = ("train", "validation")
+FOLDERS = ("train", "validation", "time")
 """The folders in a log folder that have looplab's event files."""
 HPARAMS = "events.out.tfevents.0000000000.hparams"
 """The event file in a log folder with the hyperparameters of the run. It sorts first: of several event files in a
