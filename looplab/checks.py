@@ -38,11 +38,12 @@ def positive(**arguments: Any) -> list[Any]:
     return [None if value is None else whole(1, name, value) for name, value in arguments.items()]
 
 
-def limited(value: int | None, name: str, most: int | None) -> int | None:
-    """`value`, or Keras's limit for it if that is lower: see `keras.config.set_max_epochs`."""
-    if most is None or (value is not None and value <= most):
-        return value
-    warn(f"`{name}` is limited to {most} by `keras.config`.")
+def epochs(value: Any) -> int:
+    """The number of epochs, at most as many as Keras is set to run."""
+    number, most = whole(1, "epochs", value), keras.config.max_epochs()
+    if most is None or number <= most:
+        return number
+    warn(f"`epochs` is limited to {most} by `keras.config.set_max_epochs`.")
     return most
 
 

@@ -55,9 +55,9 @@ def recorded(failures: list[Exception]) -> Iterator[None]:
 
 
 def length(source: Any) -> int | None:
-    """The number of batches of a loader, `ENDLESS` if it has no end; None if it is unknown."""
+    """The number of batches of a source, None if it is unknown; of a loader without end, `ENDLESS`."""
     try:
-        return min(len(source), ENDLESS)
+        return min(source.num_batches if isinstance(source, keras.utils.PyDataset) else len(source), ENDLESS)
     except TypeError:
         return None
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from looplab.callbacks import hooked_to_batches
 from looplab.data.arrays import unpack
-from looplab.data.batches import Batches, limited
+from looplab.data.batches import Batches, from_arguments
 from looplab.loop import step_checks
 from looplab.loop.call_logs import CallLogs
 from looplab.loop.errors import NoBatchError, raise_own
@@ -75,7 +75,7 @@ class Engine:
 
     def batches(self, name: str, *data: Any, **options: Any) -> Batches:
         """The batches of data as users pass it: see `from_arguments`."""
-        return limited(name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy)
+        return from_arguments(name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy)
 
     def run(
         self,

@@ -262,7 +262,7 @@ def fit(
         validation_steps=validation_steps,
         validation_batch_size=validation_batch_size,
     )
-    epochs = checks.limited(checks.whole(1, "epochs", epochs), "epochs", keras.config.max_epochs())
+    epochs = checks.epochs(epochs)
     initial_epoch = checks.whole(0, "initial_epoch", initial_epoch)
     trainer.skip_nonfinite = checks.whole(0, "skip_nonfinite", trainer.skip_nonfinite)
     validation_freq = checks.validation_freq(validation_freq)
