@@ -129,6 +129,46 @@ def test_settings_of_a_trainer_take_precedence():
     assert not looplab.Trainer(compiled(jit_compile=True), jit_compile=False).jit_compile
 
 
+def test_settings_follow_when_the_model_is_compiled_again():
+    settings = {"run_eagerly": True, "steps_per_execution": 3}
+    model = compiled()
+    trainer, given = looplab.Trainer(model), looplab.Trainer(model, run_eagerly=False, steps_per_execution=2)
+    own = looplab.Trainer(model, loss="mae", optimizer="sgd")
+    fitted(trainer)
+    for each in (settings, {"jit_compile": True}, {}):
+        model.compile("sgd", "mse", **{"jit_compile": False, **each})
+        for one in (trainer, own):
+            assert one.run_eagerly == each.get("run_eagerly", False)
+            assert one.steps_per_execution == each.get("steps_per_execution", "auto")
+            assert one.jit_compile == each.get("jit_compile", False)
+        assert (given.run_eagerly, given.steps_per_execution) == (False, 2)
+    trainer.run_eagerly = True
+    model.compile("sgd", "mse")
+    assert trainer.run_eagerly
+
+
+@pytest.mark.parametrize("in_fit", [True, False])
+def test_the_next_step_runs_eagerly_if_the_model_was_compiled_so(in_fit):
+    model, seen = one(), []
+    model.add(L.Lambda(lambda values: seen.append(tf.executing_eagerly()) or values))
+    trainer = looplab.Trainer(model)
+    for is_eager in (False, True, False):
+        model.compile("sgd", "mse", run_eagerly=is_eager, jit_compile=False)
+        seen.clear()
+        fitted(trainer, epochs=1) if in_fit else trainer.train_on_batch(x, y)
+        assert {*seen} == {is_eager}
+
+
+def test_a_resumed_fit_follows_the_model_later(tmp_path):
+    trainer = looplab.Trainer(compiled(), log_dir=tmp_path)
+    fitted(trainer, epochs=1)
+    trainer = looplab.Trainer(compiled(run_eagerly=True), log_dir=tmp_path)
+    fitted(trainer, resume=True)
+    assert trainer.run_eagerly
+    trainer.model.compile("sgd", "mse")
+    assert not trainer.run_eagerly
+
+
 @pytest.mark.parametrize(
     ("of_model", "of_trainer", "scales"),
     [({}, {}, True), ({"auto_scale_loss": False}, {}, False), ({"auto_scale_loss": False}, {"loss": "mae"}, False)],
