@@ -16,7 +16,7 @@ from looplab.data.arrays import unpack
 from looplab.data.batches import Batches, from_arguments
 from looplab.loop import step_checks
 from looplab.loop.call_logs import CallLogs
-from looplab.loop.errors import NoBatchError, raise_own
+from looplab.loop.errors import NoBatchError, raise_if_stateful, raise_own
 from looplab.loop.guard import Fault
 from looplab.loop.objective import Objective
 from looplab.loop.outputs import joined
@@ -220,6 +220,7 @@ class Engine:
         except BaseException as error:
             self.runner.batch_metrics.reset()  # the step may not have ended
             raise_own(error)
+            raise_if_stateful(error, self.runner.variables.layers())
             raise
         if kind == "train" and logs.done:
             self.runner.objective.check_loss(logs.scalars)
