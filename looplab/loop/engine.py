@@ -274,7 +274,7 @@ class Engine:
 
 def _begin_batch(kind: str, hooks: Sequence[Any], number: int) -> None:
     for hook in hooks:
-        getattr(hook, f"on_{kind}_batch_begin")(number, {})
+        getattr(hook, f"on_{kind}_batch_begin")(number, logs={})
 
 
 def _end_batches(kind: str, hooks: Sequence[Any], shown: list[dict[str, Any]], first: int, starts: bool) -> None:
@@ -282,8 +282,8 @@ def _end_batches(kind: str, hooks: Sequence[Any], shown: list[dict[str, Any]], f
     for index, values in enumerate(shown):
         for hook in hooks:
             if starts:
-                getattr(hook, f"on_{kind}_batch_begin")(first + index, {})
-            getattr(hook, f"on_{kind}_batch_end")(first + index, values)
+                getattr(hook, f"on_{kind}_batch_begin")(first + index, logs={})
+            getattr(hook, f"on_{kind}_batch_end")(first + index, logs=values)
 
 
 def _without(names: Collection[str], values: Mapping[str, T]) -> dict[str, T]:
