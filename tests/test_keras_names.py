@@ -62,6 +62,11 @@ def test_the_attributes_of_the_model_are_those_of_the_trainer(trainer):
     assert theirs >= {id(v) for v in model.non_trainable_weights}
 
 
+@pytest.mark.parametrize("convert", [np.asarray, tf.constant, tf.Variable, keras.Variable])
+def test_a_call_outside_a_step_takes_what_the_model_takes(trainer, convert):
+    np.testing.assert_array_equal(trainer(convert(x)), trainer.model(convert(x)))
+
+
 def test_the_loss_and_the_metrics_have_their_values(trainer):
     outputs = trainer.predict(x, verbose=0)
     squares = (outputs - y) ** 2
