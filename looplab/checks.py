@@ -47,6 +47,14 @@ def epochs(value: Any) -> int:
     return most
 
 
+def model(value: Any) -> Any:
+    """`value`, which must be callable and no class, or None."""
+    if value is not None and (isinstance(value, type) or not callable(value)):
+        found = f"the class {value.__name__}: create a model of it" if isinstance(value, type) else repr(value)
+        raise TypeError(f"`model` must be a Keras model or layer, a `tf.Module`, a function, or None; got {found}.")
+    return value
+
+
 def validation_freq(value: Any) -> int | list[int]:
     """A number of epochs, or the epochs after which to validate, as Python ints."""
     if isinstance(value, set) or np.ndim(value):

@@ -82,7 +82,7 @@ class Trainer(Steps):
     ):
         checks.steps_per_execution(steps_per_execution)
         checks.checkpoint(checkpoint, Checkpoint, log_dir)
-        self.model = model
+        self.model = checks.model(model)
         given = {"optimizer": optimizer, "loss": loss, "loss_weights": loss_weights, "metrics": metrics}
         given |= {"weighted_metrics": weighted_metrics, "auto_scale_loss": auto_scale_loss}
         self._looplab = Engine.of(self, {n: v for n, v in given.items() if v is not None}, log_dir, seed)
