@@ -279,8 +279,8 @@ class Trainer(Steps):
         self._looplab.runner.variables.load_weights(Path(filepath).expanduser())
 
     def save(self, filepath: str | Path, overwrite: bool = True) -> None:
-        """Writes the one Keras model that has all weights to a `.keras` file, as the model itself does."""
-        self._looplab.runner.variables.one_model("save").save(Path(filepath).expanduser(), overwrite=overwrite)
+        """Writes the one Keras model that has all weights to a `.keras` file, compiled as the trainer is."""
+        self._looplab.runner.save(Path(filepath).expanduser(), overwrite)
 
     def export(self, filepath: str | Path, **options: Any) -> None:
         """Writes the one Keras model that has all weights as a SavedModel for inference, as `keras.Model.export`."""

@@ -1,5 +1,7 @@
 """Keras models as they are: what they are compiled with, their own steps, their files, and Keras's names and limits."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -171,12 +173,21 @@ def test_a_resumed_fit_follows_the_model_later(tmp_path):
 
 @pytest.mark.parametrize(
     ("of_model", "of_trainer", "scales"),
-    [({}, {}, True), ({"auto_scale_loss": False}, {}, False), ({"auto_scale_loss": False}, {"loss": "mae"}, False)],
+    [
+        ({}, {}, True),
+        ({"auto_scale_loss": False}, {}, False),
+        ({"auto_scale_loss": False}, {"loss": "mae"}, False),
+        ({"auto_scale_loss": False}, {"auto_scale_loss": True}, True),
+        ({}, {"auto_scale_loss": False}, True),  # as in Keras, it wraps no optimizer, and unwraps none
+    ],
 )
 def test_auto_scale_loss(of_model, of_trainer, scales):
     keras.config.set_dtype_policy("mixed_float16")
-    trainer = looplab.Trainer(compiled(**of_model), **of_trainer)
+    trainer, model = looplab.Trainer(compiled(**of_model), **of_trainer), compiled(**of_model)
     assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == scales
+    if of_trainer:
+        model.compile(**{"optimizer": model.optimizer, "loss": "mse", **of_model, **of_trainer})
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == scales
     trainer = looplab.Trainer(one(), optimizer="adam", loss="mse", **of_model)
     assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == (not of_model)
 
@@ -208,6 +219,37 @@ def test_a_file_of_the_model_keeps_what_it_was_compiled_with_and_its_optimizer(t
     assert int(loaded.optimizer.iterations) == 6
     assert_same(fitted(loaded), fitted(model))
     assert_same_weights(looplab.Trainer(loaded), model)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_file_of_the_trainer_is_compiled_as_it_is_and_leaves_the_model_as_it_was(tmp_path, is_compiled, policy):
+    keras.config.set_dtype_policy(policy)
+    options = {"loss": "mae", "metrics": ["mse"]}
+    mine = compiled(loss="mape", run_eagerly=True) if is_compiled else one()
+    trainer = looplab.Trainer(mine, optimizer=keras.optimizers.Adam(0.01), **options)
+    model = compiled(**options, run_eagerly=is_compiled)
+    fitted(trainer, epochs=1), fitted(model, epochs=1)
+    before = dict(vars(mine))
+    trainer.save(tmp_path / "model.keras")
+    assert vars(mine) == before
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_same(fitted(loaded), fitted(model))
+    assert_same(fitted(trainer), model.history.history)
+    trainer.optimizer = keras.optimizers.SGD(0.25)
+    trainer.save(tmp_path / "model.keras")
+    assert float(keras.saving.load_model(tmp_path / "model.keras").optimizer.learning_rate) == 0.25
+
+
+def test_a_file_lacks_what_keras_cannot_write(tmp_path):
+    trainer = looplab.Trainer(one(), optimizer="adam", loss=functools.partial(keras.losses.huber, delta=0.5))
+    fitted(trainer, epochs=1)
+    with pytest.warns(UserWarning, match=r"`save` writes the model without its optimizer.*functools.partial"):
+        trainer.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not loaded.compiled
+    assert not trainer.model.compiled
+    assert_same_weights(trainer, loaded)
 
 
 # A model's own step.
