@@ -38,12 +38,21 @@ def positive(**arguments: Any) -> list[Any]:
     return [None if value is None else whole(1, name, value) for name, value in arguments.items()]
 
 
-def limited(value: int | None, name: str, most: int | None) -> int | None:
-    """`value`, or Keras's limit for it if that is lower: see `keras.config.set_max_epochs`."""
-    if most is None or (value is not None and value <= most):
-        return value
-    warn(f"`{name}` is limited to {most} by `keras.config`.")
+def epochs(value: Any) -> int:
+    """The number of epochs, at most as many as Keras is set to run."""
+    number, most = whole(1, "epochs", value), keras.config.max_epochs()
+    if most is None or number <= most:
+        return number
+    warn(f"`epochs` is limited to {most} by `keras.config.set_max_epochs`.")
     return most
+
+
+def model(value: Any) -> Any:
+    """`value`, which must be callable and no class, or None."""
+    if value is not None and (isinstance(value, type) or not callable(value)):
+        found = f"the class {value.__name__}: create a model of it" if isinstance(value, type) else repr(value)
+        raise TypeError(f"`model` must be a Keras model or layer, a `tf.Module`, a function, or None; got {found}.")
+    return value
 
 
 def validation_freq(value: Any) -> int | list[int]:

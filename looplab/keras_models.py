@@ -71,15 +71,32 @@ def compiled_model(model: Any, given: dict[str, Any]) -> Any:
     return compiled
 
 
-def execution_of(model: Any, steps_per_execution: Any, jit_compile: Any, run_eagerly: Any) -> tuple[Any, bool, bool]:
-    """How steps run: as the trainer was asked ("auto" and None are its defaults), else as `model` was compiled.
+class AsCompiled:
+    """A setting of a trainer: what was assigned, or if that is the default, what its model is compiled with now.
 
     Keras's own defaults count as looplab's. Its "auto" of `jit_compile` is True on most GPUs, where only True for a
     model with another default shows that it was passed.
+
+    Args:
+        default: Stands for the setting of the model.
     """
-    arguments = compiled_with(model)
-    if steps_per_execution == "auto" and arguments.get("steps_per_execution", 1) != 1:
-        steps_per_execution = arguments["steps_per_execution"]
-    if jit_compile is None:
-        jit_compile = bool(arguments.get("jit_compile")) and not compat.is_jit_by_default(model)
-    return steps_per_execution, jit_compile, bool(arguments.get("run_eagerly") if run_eagerly is None else run_eagerly)
+
+    def __init__(self, default: str | None):
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, trainer: Any, value: Any) -> None:
+        vars(trainer)[self._name] = value
+
+    def __get__(self, trainer: Any, owner: type) -> Any:
+        if trainer is None:
+            return self
+        value, model = vars(trainer).get(self._name, self.default), trainer.model
+        if value != self.default:
+            return value
+        compiled = getattr(model, self._name) if is_keras(model) and model.compiled else None
+        if self._name == "steps_per_execution":
+            return compiled if compiled and compiled > 1 else self.default
+        return bool(compiled) and not (self._name == "jit_compile" and compat.is_jit_by_default(model))

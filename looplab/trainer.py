@@ -13,7 +13,7 @@ import tensorflow as tf
 from looplab import checks
 from looplab.callbacks import with_bar
 from looplab.checkpoint.policy import Checkpoint
-from looplab.keras_models import execution_of
+from looplab.keras_models import AsCompiled
 from looplab.loop.engine import Engine
 from looplab.loop.fit import fit
 from looplab.loop.guard import Fault
@@ -40,10 +40,10 @@ class Trainer(Steps):
             nothing.
         seed: Of the order of the data and of `seed_generator`. By default it is drawn from Python's `random`, which
             `keras.utils.set_random_seed` seeds, as Keras draws the seeds of its layers.
-        steps_per_execution: How many steps one graph call runs. "auto" returns to Python about five times a second. It
-            never changes a result.
-        jit_compile: Whether XLA compiles the step; by default whether `model` was compiled with True.
-        run_eagerly: Whether Python runs the step line by line, for debugging: slow. By default as `model` was compiled.
+        steps_per_execution: How many steps one graph call runs; by default as `model` is compiled, where 1 counts as
+            "auto", which returns to Python about five times a second. It never changes a result.
+        jit_compile: Whether XLA compiles the step; by default whether `model` is compiled with True.
+        run_eagerly: Whether Python runs the step line by line, for debugging: slow. By default as `model` is compiled.
         checkpoint: When to save all state to `log_dir/checkpoints`, and what to keep; None saves nothing.
 
     Example:
@@ -59,6 +59,8 @@ class Trainer(Steps):
         >>> trainer.predict(x, verbose=0).shape
         (8, 1)
     """
+
+    steps_per_execution, jit_compile, run_eagerly = AsCompiled("auto"), AsCompiled(None), AsCompiled(None)
 
     @checks.named
     def __init__(
@@ -80,7 +82,7 @@ class Trainer(Steps):
     ):
         checks.steps_per_execution(steps_per_execution)
         checks.checkpoint(checkpoint, Checkpoint, log_dir)
-        self.model = model
+        self.model = checks.model(model)
         given = {"optimizer": optimizer, "loss": loss, "loss_weights": loss_weights, "metrics": metrics}
         given |= {"weighted_metrics": weighted_metrics, "auto_scale_loss": auto_scale_loss}
         self._looplab = Engine.of(self, {n: v for n, v in given.items() if v is not None}, log_dir, seed)
@@ -89,9 +91,7 @@ class Trainer(Steps):
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         """For the random numbers of a step."""
         self.checkpoint = checkpoint
-        self.steps_per_execution, self.jit_compile, self.run_eagerly = execution_of(
-            model, steps_per_execution, jit_compile, run_eagerly
-        )
+        self.steps_per_execution, self.jit_compile, self.run_eagerly = steps_per_execution, jit_compile, run_eagerly
         self.history: keras.callbacks.History | None = None
         """That of the last `fit`."""
         self.stop_training = False
@@ -279,8 +279,8 @@ class Trainer(Steps):
         self._looplab.runner.variables.load_weights(Path(filepath).expanduser())
 
     def save(self, filepath: str | Path, overwrite: bool = True) -> None:
-        """Writes the one Keras model that has all weights to a `.keras` file, as the model itself does."""
-        self._looplab.runner.variables.one_model("save").save(Path(filepath).expanduser(), overwrite=overwrite)
+        """Writes the one Keras model that has all weights to a `.keras` file, compiled as the trainer is."""
+        self._looplab.runner.save(Path(filepath).expanduser(), overwrite)
 
     def export(self, filepath: str | Path, **options: Any) -> None:
         """Writes the one Keras model that has all weights as a SavedModel for inference, as `keras.Model.export`."""

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from looplab.compat import all_layers
 from looplab.walk import OURS, VARIABLES, Held, marks, methods_of, walk
 
 
@@ -65,6 +66,11 @@ class Variables:
         for held in self.walk():
             found += [held.thing] if isinstance(held.thing, keras.Metric) else getattr(held.thing, "metrics", [])
         return _once(found)
+
+    def layers(self) -> list[keras.Layer]:
+        """All layers, at any depth."""
+        held = (held.thing for held in self.walk())
+        return _once(layer for thing in held if isinstance(thing, keras.Layer) for layer in all_layers(thing))
 
     def optimizers(self) -> dict[str, keras.Optimizer]:
         """The optimizers by path."""

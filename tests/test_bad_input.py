@@ -929,6 +929,21 @@ ERRORS = {
             X, LABELS, verbose=0
         ),
     ),
+    "model that is a class": (
+        TypeError,
+        ["`model` must be a Keras model or layer", "got the class Subclassed", "create a model of it"],
+        lambda _: looplab.Trainer(Subclassed, loss="mse"),
+    ),
+    "model that is no function": (
+        TypeError,
+        ["`model` must be a Keras model or layer", "got 'vae'"],
+        lambda _: looplab.Trainer("vae"),
+    ),
+    "train_on_batch(dataset)": (
+        TypeError,
+        ["`x` must be one batch, an array", "got _TensorSliceDataset"],
+        lambda _: trainer().train_on_batch(tf.data.Dataset.from_tensor_slices((X, LABELS))),
+    ),
     # Names of arguments.
     "Trainer(optimiser=…)": (
         TypeError,

@@ -343,3 +343,8 @@ def test_function_must_return_a_dataset_for_each_epoch(value, epoch):
         TypeError, match=rf"`x` is a function .*`tf.data.Dataset`; for epoch {epoch} .*{type(value).__name__}"
     ):
         batches_of(lambda number: value if number == epoch else numbers()).start(epoch)
+
+
+def test_a_change_of_the_structure_alone_is_described():
+    spec = tf.TensorSpec((None, 4))
+    assert data.changes((spec,), spec) == f"a batch was {(spec,)}, and is {spec}"

@@ -301,3 +301,23 @@ def test_an_error_of_a_recipes_module_stays_what_it_is(code, text, status, tmp_p
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert (text in done.stderr, done.returncode) == (True, status)
     assert ("names no recipe" in done.stderr) == (not code)
+
+
+# States of a fixed size.
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda trainer: trainer.fit(X[:6, :, None], Y[:6], batch_size=4, verbose=0),
+        lambda trainer: trainer.train_on_batch(X[:3, :, None], Y[:3]),
+        lambda trainer: trainer.predict(X[:6, :, None], batch_size=4, verbose=0),
+    ],
+    ids=["fit", "train_on_batch", "predict"],
+)
+def test_a_batch_that_does_not_fit_the_states_of_a_layer(call):
+    inner = keras.Sequential([layers.GRU(2, stateful=True, name="memory")])
+    model = keras.Sequential([keras.Input((3, 1), batch_size=4), inner, layers.Dense(1)])
+    trainer = looplab.Trainer(model, optimizer="sgd", loss="mse")
+    with pytest.raises(ValueError, match=r"the states of the stateful layer 'memory', 4.*drop_remainder=True"):
+        call(trainer)

@@ -1,5 +1,7 @@
 """Keras models as they are: what they are compiled with, their own steps, their files, and Keras's names and limits."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -129,14 +131,63 @@ def test_settings_of_a_trainer_take_precedence():
     assert not looplab.Trainer(compiled(jit_compile=True), jit_compile=False).jit_compile
 
 
+def test_settings_follow_when_the_model_is_compiled_again():
+    settings = {"run_eagerly": True, "steps_per_execution": 3}
+    model = compiled()
+    trainer, given = looplab.Trainer(model), looplab.Trainer(model, run_eagerly=False, steps_per_execution=2)
+    own = looplab.Trainer(model, loss="mae", optimizer="sgd")
+    fitted(trainer)
+    for each in (settings, {"jit_compile": True}, {}):
+        model.compile("sgd", "mse", **{"jit_compile": False, **each})
+        for one in (trainer, own):
+            assert one.run_eagerly == each.get("run_eagerly", False)
+            assert one.steps_per_execution == each.get("steps_per_execution", "auto")
+            assert one.jit_compile == each.get("jit_compile", False)
+        assert (given.run_eagerly, given.steps_per_execution) == (False, 2)
+    trainer.run_eagerly = True
+    model.compile("sgd", "mse")
+    assert trainer.run_eagerly
+
+
+@pytest.mark.parametrize("in_fit", [True, False])
+def test_the_next_step_runs_eagerly_if_the_model_was_compiled_so(in_fit):
+    model, seen = one(), []
+    model.add(L.Lambda(lambda values: seen.append(tf.executing_eagerly()) or values))
+    trainer = looplab.Trainer(model)
+    for is_eager in (False, True, False):
+        model.compile("sgd", "mse", run_eagerly=is_eager, jit_compile=False)
+        seen.clear()
+        fitted(trainer, epochs=1) if in_fit else trainer.train_on_batch(x, y)
+        assert {*seen} == {is_eager}
+
+
+def test_a_resumed_fit_follows_the_model_later(tmp_path):
+    trainer = looplab.Trainer(compiled(), log_dir=tmp_path)
+    fitted(trainer, epochs=1)
+    trainer = looplab.Trainer(compiled(run_eagerly=True), log_dir=tmp_path)
+    fitted(trainer, resume=True)
+    assert trainer.run_eagerly
+    trainer.model.compile("sgd", "mse")
+    assert not trainer.run_eagerly
+
+
 @pytest.mark.parametrize(
     ("of_model", "of_trainer", "scales"),
-    [({}, {}, True), ({"auto_scale_loss": False}, {}, False), ({"auto_scale_loss": False}, {"loss": "mae"}, False)],
+    [
+        ({}, {}, True),
+        ({"auto_scale_loss": False}, {}, False),
+        ({"auto_scale_loss": False}, {"loss": "mae"}, False),
+        ({"auto_scale_loss": False}, {"auto_scale_loss": True}, True),
+        ({}, {"auto_scale_loss": False}, True),  # as in Keras, it wraps no optimizer, and unwraps none
+    ],
 )
 def test_auto_scale_loss(of_model, of_trainer, scales):
     keras.config.set_dtype_policy("mixed_float16")
-    trainer = looplab.Trainer(compiled(**of_model), **of_trainer)
+    trainer, model = looplab.Trainer(compiled(**of_model), **of_trainer), compiled(**of_model)
     assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == scales
+    if of_trainer:
+        model.compile(**{"optimizer": model.optimizer, "loss": "mse", **of_model, **of_trainer})
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == scales
     trainer = looplab.Trainer(one(), optimizer="adam", loss="mse", **of_model)
     assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == (not of_model)
 
@@ -168,6 +219,37 @@ def test_a_file_of_the_model_keeps_what_it_was_compiled_with_and_its_optimizer(t
     assert int(loaded.optimizer.iterations) == 6
     assert_same(fitted(loaded), fitted(model))
     assert_same_weights(looplab.Trainer(loaded), model)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_file_of_the_trainer_is_compiled_as_it_is_and_leaves_the_model_as_it_was(tmp_path, is_compiled, policy):
+    keras.config.set_dtype_policy(policy)
+    options = {"loss": "mae", "metrics": ["mse"]}
+    mine = compiled(loss="mape", run_eagerly=True) if is_compiled else one()
+    trainer = looplab.Trainer(mine, optimizer=keras.optimizers.Adam(0.01), **options)
+    model = compiled(**options, run_eagerly=is_compiled)
+    fitted(trainer, epochs=1), fitted(model, epochs=1)
+    before = dict(vars(mine))
+    trainer.save(tmp_path / "model.keras")
+    assert vars(mine) == before
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_same(fitted(loaded), fitted(model))
+    assert_same(fitted(trainer), model.history.history)
+    trainer.optimizer = keras.optimizers.SGD(0.25)
+    trainer.save(tmp_path / "model.keras")
+    assert float(keras.saving.load_model(tmp_path / "model.keras").optimizer.learning_rate) == 0.25
+
+
+def test_a_file_lacks_what_keras_cannot_write(tmp_path):
+    trainer = looplab.Trainer(one(), optimizer="adam", loss=functools.partial(keras.losses.huber, delta=0.5))
+    fitted(trainer, epochs=1)
+    with pytest.warns(UserWarning, match=r"`save` writes the model without its optimizer.*functools.partial"):
+        trainer.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not loaded.compiled
+    assert not trainer.model.compiled
+    assert_same_weights(trainer, loaded)
 
 
 # A model's own step.

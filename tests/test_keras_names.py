@@ -1,5 +1,7 @@
 """Names and settings of Keras mean on a trainer what they mean in Keras."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -58,6 +60,11 @@ def test_the_attributes_of_the_model_are_those_of_the_trainer(trainer):
     assert ours >= {id(v) for v in model.non_trainable_weights}
     assert not ours & {id(v) for v in model.trainable_weights}
     assert theirs >= {id(v) for v in model.non_trainable_weights}
+
+
+@pytest.mark.parametrize("convert", [np.asarray, tf.constant, tf.Variable, keras.Variable])
+def test_a_call_outside_a_step_takes_what_the_model_takes(trainer, convert):
+    np.testing.assert_array_equal(trainer(convert(x)), trainer.model(convert(x)))
 
 
 def test_the_loss_and_the_metrics_have_their_values(trainer):
@@ -209,3 +216,35 @@ def test_keras_limits_shorten_every_pass_and_lengthen_none(limit, batches):
         outputs = model.predict_on_batch(x[: 4 * batches])
         loss = each.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)["loss"]
         np.testing.assert_allclose(loss, np.mean((outputs - y[: 4 * batches]) ** 2), 1e-5)
+
+
+class Quarters(keras.utils.PyDataset):
+    """The examples in batches of 4."""
+
+    def __len__(self):
+        return len(x) // 4
+
+    def __getitem__(self, index):
+        return x[4 * index : 4 * index + 4], y[4 * index : 4 * index + 4]
+
+
+SOURCES = {
+    "generator": lambda: ((x[first : first + 4], y[first : first + 4]) for first in range(0, len(x), 4)),
+    "endless generator": lambda: ((x[:4] + number, y[:4]) for number in itertools.count()),
+    "dataset": lambda: tf.data.Dataset.from_tensor_slices((x, y)).batch(4),
+    "endless dataset": lambda: tf.data.Dataset.from_tensor_slices((x, y)).batch(4).repeat(),
+    "PyDataset": Quarters,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Limiting", "ignore:.*is limited to", "ignore:.*shuffle=True")
+@pytest.mark.parametrize("source", SOURCES)
+def test_keras_limits_keep_the_first_batches_of_any_data(source):
+    keras.config.set_max_steps_per_epoch(3)
+    make, (model, trainer) = SOURCES[source], (compiled(), looplab.Trainer(compiled()))
+    theirs, ours = (each.fit(make(), shuffle=False, verbose=0).history for each in (model, trainer))
+    assert trainer.steps == 3
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], 1e-5)
+    loss = model.evaluate(make(), verbose=0, return_dict=True)["loss"]
+    np.testing.assert_allclose(trainer.evaluate(make(), verbose=0)["loss"], loss, 1e-5)
+    np.testing.assert_allclose(trainer.predict(make(), verbose=0), model.predict(make(), verbose=0), 1e-5)

@@ -455,6 +455,26 @@ def test_callbacks_see_what_keras_shows_them(stop_at):
         assert_same(ours, theirs)
 
 
+def test_hooks_of_batches_may_take_logs_by_name_alone():
+    """Keras passes them so."""
+    seen = []
+
+    class Named(C.Callback):
+        def on_train_batch_begin(self, batch, *, logs):
+            seen.append(logs)
+
+        def on_train_batch_end(self, batch, *, logs=None):
+            seen.append([*logs])
+
+        on_test_batch_end = on_train_batch_end
+
+    for steps in (1, 2):
+        trainer = looplab.Trainer(compiled(one(), loss="mse"), steps_per_execution=steps)
+        trainer.fit(x[:8], y[:8], batch_size=4, validation_data=(x[:4], y[:4]), callbacks=[Named()], verbose=0)
+        assert seen == [{}, ["loss"], {}, ["loss"], ["loss"]]
+        seen.clear()
+
+
 def test_a_second_fit_continues_with_the_weights_and_the_optimizer():
     row = Row(one, (x, y), adam())
     histories = []

@@ -176,6 +176,12 @@ def test_pandas_strings():
     np.testing.assert_array_equal(trainer.predict(dict(frame), verbose=0), [[2], [4], [4]])
 
 
+def test_strings_of_numpy_from_a_generator():
+    trainer = looplab.Trainer(lambda x: tf.strings.length(x))
+    batches_of_words = (np.array(words) for words in (["a", "bb"], ["ccc", "d"], ["ee"]))
+    np.testing.assert_array_equal(trainer.predict(batches_of_words, verbose=0), [1, 2, 3, 1, 2])
+
+
 Pair = collections.namedtuple("Pair", "first second")
 
 
@@ -273,6 +279,17 @@ class Failing(Slices):
         return {}["mine"] if index == 3 else batch(index)
 
 
+class Varying(Slices):
+    def __getitem__(self, index):
+        x, y = batch(index)
+        return (x[:, :3] if index == 3 else x), y
+
+
+def labels_then_fractions():
+    yield from ((X[:8], np.ones((8, 1), int)) for _ in range(3))
+    yield batch(0)
+
+
 ERRORS = {
     "y with a generator": ({"x": batches(3), "y": Y}, "`y` must not be given if `x` yields batches.*a generator"),
     "empty generator": ({"x": iter(())}, "`x` must yield at least one batch; this tuple_iterator yields none"),
@@ -283,6 +300,23 @@ ERRORS = {
     "generator fails": ({"x": failing()}, "mine"),
     "PyDataset fails": ({"x": Failing()}, "mine"),
     "workers fail": ({"x": Failing(workers=2)}, "mine"),
+    "another structure": (
+        {"x": iter([batch(0), batch(1), (*batch(2), Y[:8, 0])])},
+        r"All batches of `x` must be like the first two, .*'\(None, 1\) float32'\); got .*'\(8,\) float32'\)",
+    ),
+    "another shape": (
+        {"x": iter([batch(0), batch(1), (X[:8, :3], Y[:8])])},
+        r"All batches of `x` must be like the first two, .*; got \('\(8, 3\) float32', '\(8, 1\) float32'\)",
+    ),
+    "fractions after integers": (
+        {"x": labels_then_fractions()},
+        r"All batches of `x` must be like the first two, .*'\(None, 1\) int64'\); got .*'\(8, 1\) float32'",
+    ),
+    "PyDataset varies": (
+        {"x": Varying()},
+        r"All batches of `x` must be like the first two, .*; got \('\(8, 3\) float32'",
+    ),
+    "dates": ({"x": X.astype("datetime64[s]"), "y": Y}, r"`x` must hold numbers or strings; got .* datetime64\[s\]"),
 }
 
 

@@ -120,11 +120,11 @@ def _to_array(part: str, value: Any) -> Any:
         raise TypeError(f"`{part}` must be an array; got a list whose rows differ in shape.") from error
     if len(array.shape) == 0:
         raise ValueError(f"`{part}` must have its examples along its first dimension; got a single number.")
-    if isinstance(array, np.ndarray) and array.dtype == object:
-        if not all(isinstance(element, (str, bytes)) for element in array.flat):
-            raise TypeError(
-                f"`{part}` must hold numbers or strings; got an array of objects. Give all rows one shape and type."
-            )
+    if isinstance(array, np.ndarray) and array.dtype.kind in "OSUMm":
+        is_text = array.dtype.kind in "SU" or all(isinstance(element, (str, bytes)) for element in array.flat)
+        if not is_text:
+            found = "objects. Give all rows one shape and type" if array.dtype == object else f"dtype {array.dtype}"
+            raise TypeError(f"`{part}` must hold numbers or strings; got an array of {found}.")
         return tf.convert_to_tensor(array, tf.string)
     if tf.as_dtype(array.dtype).is_floating and array.dtype != keras.config.floatx():
         is_numpy = isinstance(array, np.ndarray)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ def from_arguments(
     Args:
         name: What errors call `x`: "x" or "validation_data".
         batch_size: That of arrays; 32 by default.
-        steps: Batches in an epoch; by default as many as there are.
+        steps: Batches in an epoch; by default as many as there are. Never more than Keras is set to run in a pass.
         training_from: The first epoch of a training. With `steps`, its data continues in the next epoch where it
             stopped, and starts again at its end. None: the data is for one evaluation, and ends at its end.
 
@@ -49,9 +50,10 @@ def from_arguments(
     """
     training = training_from is not None
     if is_arrays(x):
-        arrays = to_arrays(name, x, y, sample_weight)
+        arrays, batch_size = to_arrays(name, x, y, sample_weight), batch_size or 32
+        steps = _limited(name, steps, math.ceil(leaves(arrays)[0].shape[0] / batch_size))
         replicas = strategy.num_replicas_in_sync
-        batches = _from_arrays(name, arrays, batch_size or 32, bool(shuffle), seed, steps, training, replicas)
+        batches = _from_arrays(name, arrays, batch_size, bool(shuffle), seed, steps, training, replicas)
     else:
         others = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
         if given := [f"`{other}`" for other, value in others.items() if value is not None]:
@@ -59,6 +61,7 @@ def from_arguments(
                 f"{', '.join(given)} must not be given if `{name}` yields batches itself; `{name}` is a "
                 f"{type(x).__name__}. Let its elements be batches: x, (x, y) or (x, y, sample_weight)."
             )
+        steps = _limited(name, steps, sources.length(x))
         batches = _from_source(name, x, steps, training_from, seed if shuffle else None)
 
     first_epoch = training_from or 0
@@ -83,13 +86,17 @@ def from_arguments(
     )
 
 
-def limited(name: str, *data: Any, steps: int | None = None, **options: Any) -> Batches:
-    """The batches of `from_arguments`, at most as many as Keras is set to run in a pass."""
-    batches, most = from_arguments(name, *data, steps=steps, **options), keras.config.max_steps_per_epoch()
-    if most is None or (batches.steps is not None and batches.steps <= most):
-        return batches
+def _limited(name: str, steps: int | None, size: int | None) -> int | None:
+    """`steps`, or the most batches that Keras is set to run in a pass, if a pass would have more.
+
+    Args:
+        size: The number of batches in the data, None if it is unknown.
+    """
+    most, whole = keras.config.max_steps_per_epoch(), steps or size
+    if most is None or (whole is not None and whole <= most):
+        return steps
     warn(f"`{name}` is limited to {most} batches by `keras.config.set_max_steps_per_epoch`.")
-    return from_arguments(name, *data, steps=most, **options)
+    return most
 
 
 def changes(before: Any, after: Any) -> str:
@@ -98,11 +105,12 @@ def changes(before: Any, after: Any) -> str:
     parts = [dict(zip(names, unpack(signature), strict=True)) for signature in (before, after)]
     if tf.nest.map_structure(lambda _: 0, parts[0]) != tf.nest.map_structure(lambda _: 0, parts[1]):
         return f"a batch was {before}, and is {after}"
-    return "; ".join(
+    different = "; ".join(
         f"`{'.'.join(map(str, path))}` was {old.shape} {old.dtype.name}, and is {new.shape} {new.dtype.name}"
         for (path, old), (_, new) in zip(*map(keras.tree.flatten_with_path, parts), strict=True)
         if old != new
     )
+    return different or f"a batch was {before}, and is {after}"
 
 
 def _from_arrays(

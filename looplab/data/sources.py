@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from looplab.compat import IteratorAdapter, PyDatasetAdapter
@@ -29,19 +30,21 @@ def dataset_of(name: str, source: Any, failures: list[Exception]) -> tf.data.Dat
     Raises:
         ValueError: It has no batch.
     """
-    restarts = not isinstance(source, Iterator)
+    restarts, signature = not isinstance(source, Iterator), None
 
     def batches() -> Iterator[tuple[Any]]:
         with recorded(failures):
             for batch in source:
-                yield (converted(f"{name}: batch", batch),)
+                yield (_checked(name, batch, signature),)
 
     first = list(itertools.islice(batches(), 1))
     if not first:
         fix = "Pass at least one." if restarts else "If it was read before, create it again."
         raise ValueError(f"`{name}` must yield at least one batch; this {type(source).__name__} yields none. {fix}")
     adapter = IteratorAdapter(batches if restarts else lambda: itertools.chain(first, batches()), restarts)
-    return _batches(adapter)
+    dataset = _batches(adapter)
+    signature = dataset.element_spec
+    return dataset
 
 
 @contextlib.contextmanager
@@ -55,9 +58,9 @@ def recorded(failures: list[Exception]) -> Iterator[None]:
 
 
 def length(source: Any) -> int | None:
-    """The number of batches of a loader, `ENDLESS` if it has no end; None if it is unknown."""
+    """The number of batches of a source, None if it is unknown; of a loader without end, `ENDLESS`."""
     try:
-        return min(len(source), ENDLESS)
+        return min(source.num_batches if isinstance(source, keras.utils.PyDataset) else len(source), ENDLESS)
     except TypeError:
         return None
 
@@ -99,6 +102,8 @@ class Ordered(keras.utils.PyDataset):
         self.indices: list[int] = []
         self.failures: list[Exception] = []
         """What reading the batches raised."""
+        self.signature: Any = None
+        """That of the batches, once it is known."""
         self._name = name
         self._batches = batches
         self.on_epoch_begin = batches.on_epoch_begin
@@ -110,7 +115,7 @@ class Ordered(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[Any]:
         with recorded(self.failures):
-            return (converted(f"{self._name}: batch", self._batches[self.indices[index]]),)
+            return (_checked(self._name, self._batches[self.indices[index]], self.signature),)
 
 
 class PyDatasetSource:
@@ -150,6 +155,7 @@ class PyDatasetSource:
         self._ordered.indices = list(range(min(2, whole)))  # two show the signature
         self._adapter = PyDatasetAdapter(self._ordered)
         self._dataset = _batches(self._adapter)
+        self._ordered.signature = self._dataset.element_spec
         self.failures = self._ordered.failures
 
     def start(self, epoch: int, batch: int) -> tf.data.Dataset:
@@ -181,6 +187,45 @@ def overridden_hooks(batches: keras.utils.PyDataset) -> list[str]:
     """The methods of a PyDataset that may change it between epochs."""
     names = ("on_epoch_begin", "on_epoch_end")
     return [f"`{name}`" for name in names if getattr(type(batches), name) is not getattr(keras.utils.PyDataset, name)]
+
+
+def _checked(name: str, batch: Any, signature: Any) -> Any:
+    """A batch as arrays, which must fit the signature of the first two, if that is known.
+
+    Raises:
+        ValueError: It does not fit. TensorFlow would round numbers to an integer dtype.
+    """
+    arrays = converted(f"{name}: batch", batch)
+    if signature is None:
+        return arrays
+    found, expected = (keras.tree.flatten_with_path(structure) for structure in (arrays, signature))
+    same = [path for path, _ in found] == [path for path, _ in expected]
+    if not same or not all(_fits(leaf, spec) for (_, leaf), (_, spec) in zip(found, expected, strict=True)):
+        raise ValueError(
+            f"All batches of `{name}` must be like the first two, {_described(signature)}; got {_described(arrays)}. "
+            f"Give them one structure and dtype. A dimension after the first may vary if it does so in the first two; "
+            f"a `tf.data.Dataset` can have None for it."
+        )
+    return arrays
+
+
+def _fits(array: Any, spec: Any) -> bool:
+    if array is None or not hasattr(spec, "dtype"):
+        return array is None and not hasattr(spec, "dtype")
+    is_number = not spec.dtype.is_bool and spec.dtype != tf.string
+    dtypes = tf.as_dtype(array.dtype).as_numpy_dtype, spec.dtype.as_numpy_dtype
+    return spec.shape.is_compatible_with(array.shape) and (
+        np.can_cast(*dtypes, "same_kind") if is_number else dtypes[0] == dtypes[1]
+    )
+
+
+def _described(structure: Any) -> str:
+    """The shapes and dtypes of the parts of a batch."""
+
+    def described(leaf: Any) -> str | None:
+        return f"{tuple(leaf.shape)} {tf.as_dtype(leaf.dtype).name}" if hasattr(leaf, "dtype") else None
+
+    return str(keras.tree.map_structure(described, structure))
 
 
 def _batches(adapter: Any) -> tf.data.Dataset:

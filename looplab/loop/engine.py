@@ -13,11 +13,11 @@ import tensorflow as tf
 
 from looplab.callbacks import hooked_to_batches
 from looplab.data.arrays import unpack
-from looplab.data.batches import Batches, limited
+from looplab.data.batches import Batches, from_arguments
 from looplab.loop import step_checks
 from looplab.loop.call_logs import CallLogs
 from looplab.loop.costs import Costs
-from looplab.loop.errors import NoBatchError, raise_own
+from looplab.loop.errors import NoBatchError, raise_if_stateful, raise_own
 from looplab.loop.guard import Fault
 from looplab.loop.objective import Objective
 from looplab.loop.outputs import joined
@@ -78,7 +78,7 @@ class Engine:
 
     def batches(self, name: str, *data: Any, **options: Any) -> Batches:
         """The batches of data as users pass it: see `from_arguments`."""
-        return limited(name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy)
+        return from_arguments(name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy)
 
     def run(
         self,
@@ -226,6 +226,7 @@ class Engine:
         except BaseException as error:
             self.runner.batch_metrics.reset()  # the step may not have ended
             raise_own(error)
+            raise_if_stateful(error, self.runner.variables.layers())
             raise
         if kind == "train" and logs.done:
             self.runner.objective.check_loss(logs.scalars)
@@ -279,7 +280,7 @@ class Engine:
 
 def _begin_batch(kind: str, hooks: Sequence[Any], number: int) -> None:
     for hook in hooks:
-        getattr(hook, f"on_{kind}_batch_begin")(number, {})
+        getattr(hook, f"on_{kind}_batch_begin")(number, logs={})
 
 
 def _end_batches(kind: str, hooks: Sequence[Any], shown: list[dict[str, Any]], first: int, starts: bool) -> None:
@@ -287,8 +288,8 @@ def _end_batches(kind: str, hooks: Sequence[Any], shown: list[dict[str, Any]], f
     for index, values in enumerate(shown):
         for hook in hooks:
             if starts:
-                getattr(hook, f"on_{kind}_batch_begin")(first + index, {})
-            getattr(hook, f"on_{kind}_batch_end")(first + index, values)
+                getattr(hook, f"on_{kind}_batch_begin")(first + index, logs={})
+            getattr(hook, f"on_{kind}_batch_end")(first + index, logs=values)
 
 
 def _without(names: Collection[str], values: Mapping[str, T]) -> dict[str, T]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
+
+import keras
+import tensorflow as tf
 
 _WRAPPED = "in user code:"  # the start of AutoGraph's errors, whose tracebacks TensorFlow filters
 
@@ -24,6 +28,18 @@ def raise_own(error: BaseException) -> None:
         raise origin.with_traceback(None) from origin.__cause__
     if origin is not None and type(error).__name__ == "StagingError":  # AutoGraph's, for types that it cannot create
         raise origin
+
+
+def raise_if_stateful(error: BaseException, layers: Iterable[keras.Layer]) -> None:
+    """Explains an error about shapes if there are recurrent layers whose states have a fixed number of rows."""
+    stateful = [layer for layer in layers if getattr(layer, "stateful", False) and getattr(layer, "states", None)]
+    if stateful and isinstance(error, tf.errors.InvalidArgumentError) and "ncompatible shapes" in error.message:
+        rows = tf.nest.flatten(stateful[0].states)[0].shape[0]
+        raise ValueError(
+            f"A batch has another number of rows than the states of the stateful layer '{stateful[0].name}', {rows}. "
+            f"Give all batches {rows} rows: arrays that {rows} divides with `batch_size={rows}`, or a dataset with "
+            f"`batch({rows}, drop_remainder=True)`."
+        ) from error
 
 
 def _raised_in(error: BaseException) -> str:

@@ -214,21 +214,22 @@ class Fit:
 
         To resume, variables must exist before a step has run: so the step is traced even if it runs eagerly.
         """
-        trainer, is_resumed = self.engine.runner.trainer, self.resume.saved is not None
-        run_eagerly = trainer.run_eagerly
-        trainer.run_eagerly = run_eagerly and not is_resumed
-        try:
+        trainer = self.engine.runner.trainer
+        if not trainer.run_eagerly or self.resume.saved is None:
             yield trainer.run_eagerly
+            return
+        assigned = vars(trainer)["run_eagerly"]  # None stands for that of the model
+        trainer.run_eagerly = False
+        try:
+            yield False
         except Exception as error:
-            if run_eagerly and is_resumed:
-                raise ValueError(
-                    f"`run_eagerly` with `resume`: the step is traced once before, so that its variables exist, which "
-                    f"raised {type(error).__name__}: {' '.join(str(error).split())[-300:]}. Put code that looks at "
-                    f"values under `if self.run_eagerly:`."
-                ) from error
-            raise
+            raise ValueError(
+                f"`run_eagerly` with `resume`: the step is traced once before, so that its variables exist, which "
+                f"raised {type(error).__name__}: {' '.join(str(error).split())[-300:]}. Put code that looks at "
+                f"values under `if self.run_eagerly:`."
+            ) from error
         finally:
-            trainer.run_eagerly = run_eagerly
+            trainer.run_eagerly = assigned
 
 
 def _epoch_tags(logs: dict[str, Any]) -> dict[str, float]:
@@ -268,7 +269,7 @@ def fit(
         validation_steps=validation_steps,
         validation_batch_size=validation_batch_size,
     )
-    epochs = checks.limited(checks.whole(1, "epochs", epochs), "epochs", keras.config.max_epochs())
+    epochs = checks.epochs(epochs)
     initial_epoch = checks.whole(0, "initial_epoch", initial_epoch)
     trainer.skip_nonfinite = checks.whole(0, "skip_nonfinite", trainer.skip_nonfinite)
     validation_freq = checks.validation_freq(validation_freq)

@@ -19,7 +19,7 @@ from looplab.loop import plausible, step_checks
 from looplab.loop.context import Step
 from looplab.loop.graphs import creating_ahead
 from looplab.loop.weights import align
-from looplab.warn import Warnings
+from looplab.warn import Warnings, warn
 
 LOSS_PART = "loss/"
 
@@ -197,6 +197,29 @@ class Objective:
         assert step.metrics is not None
         updated = {name: value for name, value in results.items() if step.metrics.is_updated(value)}
         return {name: mean.result() for name, mean in self.output_losses.items()} | updated
+
+    @contextlib.contextmanager
+    def compiling(self, model: keras.Model, optimizer: Any) -> Iterator[None]:
+        """Inside it, a model is compiled as the trainer is, so that a file of it is too.
+
+        A model with its own `compile` stays as it is; and if Keras cannot write what the trainer is compiled with, a
+        warning says so.
+        """
+        before = dict(vars(model))
+        is_new = self.compiled is not model or optimizer is not model.optimizer
+        if is_new and (self.is_used or optimizer is not None) and not overrides(model, "compile"):
+            # The optimizer already scales the loss if it should.
+            model.compile(**{**compiled_with(self.compiled), "optimizer": optimizer, "auto_scale_loss": False})
+            try:
+                model.get_compile_config()
+            except Exception as error:  # that of a user's `get_config`, too
+                warn(f"`save` writes the model without its optimizer, loss and metrics: {' '.join(str(error).split())}")
+                vars(model).update(before)
+        try:
+            yield
+        finally:
+            vars(model).clear()
+            vars(model).update(before)
 
     def check_arrays(self, name: str, arrays: Any, model: Any) -> None:
         """Checks whole arrays: inputs must be finite, and targets in the range that the loss needs.

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from looplab.checkpoint.policy import Checkpoint
 from looplab.checkpoint.snapshot import Asked, Snapshot, values_of
-from looplab.data.arrays import to_arrays
+from looplab.data.arrays import is_arrays, to_arrays
 from looplab.data.resident import Single
 from looplab.loop.engine import Engine
 from looplab.loop.outputs import joined, listed, ordered
@@ -58,7 +58,7 @@ class OnBatch:
 
     def predict(self, x: Any) -> Any:
         """The outputs for one batch."""
-        data = Single(to_arrays("x", x))
+        data = _single(x)
         step = self._engine.tracer.recent("predict", data.element_spec)
         with self._engine.metrics.unchanged(step):
             logs, _, _ = self._engine.advance("predict", step, data, 1, Progress(), None)
@@ -73,7 +73,7 @@ class OnBatch:
     def _run(
         self, kind: str, arrays: tuple[Any, Any, Any], progress: Progress, folder: str | None, return_dict: bool
     ) -> Any:
-        engine, data = self._engine, Single(to_arrays("x", *arrays))
+        engine, data = self._engine, _single(*arrays)
         step = engine.tracer.recent(kind, data.element_spec)
         unchanged = engine.metrics.unchanged(step) if kind == "test" else contextlib.nullcontext()
         with unchanged:
@@ -111,3 +111,10 @@ class OnBatch:
             variables=variables,
         )
         self._store.commit(snapshot, None, engine.folder.events.files())
+
+
+def _single(x: Any, y: Any = None, sample_weight: Any = None) -> Single:
+    """One batch, given as arrays."""
+    if x is not None and not is_arrays(x):
+        raise TypeError(f"`x` must be one batch, an array or a dict or tuple of arrays; got {type(x).__name__}.")
+    return Single(to_arrays("x", x, y, sample_weight))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
@@ -156,6 +157,12 @@ class StepRunner:
         self.variables.adopt("optimizers", [optimizer])
         self.variables.adopt("variables", variables)
         self.minimized[id(optimizer)] = optimizer, variables
+
+    def save(self, path: Path, overwrite: bool) -> None:
+        """Writes the one Keras model that has all weights, compiled as the trainer is."""
+        model = self.variables.one_model("save")
+        with self.objective.compiling(model, self.trainer.optimizer):
+            model.save(path, overwrite=overwrite)
 
     def warn_of_bare_variables(self, variables: Sequence[Any], gradients: Sequence[Any]) -> None:
         """Warns of variables that looplab trains and Keras would not."""

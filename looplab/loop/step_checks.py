@@ -29,7 +29,7 @@ def inputs(x: Any, model: Any) -> Iterator[None]:
     """Requires inputs that fit a Keras model, which is called inside it."""
     declared = getattr(model, "inputs", None)
     leaves = [leaf for leaf in tf.nest.flatten(x) if leaf is not None]  # which an optional input may be
-    if isinstance(declared, list) and len(declared) == len(leaves):
+    if isinstance(declared, list) and len(declared) == len(leaves) and all(map(tf.is_tensor, leaves)):
         if any(leaf.dtype == tf.string for leaf in leaves) and not any(one.dtype == "string" for one in declared):
             raise TypeError(
                 f"`x` has string values, but the model takes numbers ({declared[0].dtype}). Convert them, or start the "
