@@ -100,18 +100,19 @@ class Compiled:
             first: The number of the first of them, from 1.
         """
         if isinstance(iterator, Single) and not self.eager:
-            return CallLogs.of_tables(*self._on_single(iterator, first), 0, self.names, self._image_names)
+            tables, batch = self._on_single(iterator, first)
+            return CallLogs.of_tables(tables, batch, 0, self.names, self._image_names)
         counts = tf.constant(first, tf.int64), tf.constant(steps, tf.int32)
         if self.eager:
             with recording():
-                read: tuple[Any, ...] = self._on_iterator(iterator, *counts)
+                tables, batch, waited = self._on_iterator(iterator, *counts)
         elif isinstance(iterator, Resident):
-            read = *self._on_resident(iterator, counts), 0
+            (tables, batch), waited = self._on_resident(iterator, counts), 0
         else:
             if self._traced is None:
                 self._traced = concrete(self._on_iterator, iterator, *counts)
-            read = self._traced(iterator, *counts)
-        return CallLogs.of_tables(*read, self.names, self._image_names)
+            tables, batch, waited = self._traced(iterator, *counts)
+        return CallLogs.of_tables(tables, batch, waited, self.names, self._image_names)
 
     def _create_variables(self) -> None:
         """Runs the step in a graph that is then dropped; the variables that Keras created remain.
