@@ -55,6 +55,20 @@ def model(value: Any) -> Any:
     return value
 
 
+def profile_steps(value: Any, log_dir: Any) -> tuple[int, int] | None:
+    """The first and the last step to profile as Python ints, or None."""
+    if value is None:
+        return None
+    if log_dir is None:
+        raise ValueError("`profile_steps` writes a profile to `log_dir`, which is None: pass a folder.")
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"`profile_steps` must be (first, last), such as (100, 120); got {value!r}.")
+    first, last = (whole(1, "profile_steps", number, "(first, last), each ") for number in value)
+    if first > last:
+        raise ValueError(f"`profile_steps` must be (first, last) with first at most last; got {value!r}.")
+    return first, last
+
+
 def validation_freq(value: Any) -> int | list[int]:
     """A number of epochs, or the epochs after which to validate, as Python ints."""
     if isinstance(value, set) or np.ndim(value):

@@ -36,8 +36,7 @@ class Trainer(Steps):
             and with `training=` if it takes that. Optional for a subclass with its own steps.
         optimizer, loss, loss_weights, metrics, weighted_metrics, auto_scale_loss: As in `keras.Model.compile`; by
             default what `model` was compiled with. Without `loss`, the loss is what the model adds with `add_loss`.
-        log_dir: Folder for TensorBoard's event files, in `train` and `validation`, and for `checkpoints`. None writes
-            nothing.
+        log_dir: Folder for event files in `train`, `validation` and `time`, and for `checkpoints`; None writes nothing.
         seed: Of the order of the data and of `seed_generator`. By default it is drawn from Python's `random`, which
             `keras.utils.set_random_seed` seeds, as Keras draws the seeds of its layers.
         steps_per_execution: How many steps one graph call runs; by default as `model` is compiled, where 1 counts as
@@ -45,6 +44,7 @@ class Trainer(Steps):
         jit_compile: Whether XLA compiles the step; by default whether `model` is compiled with True.
         run_eagerly: Whether Python runs the step line by line, for debugging: slow. By default as `model` is compiled.
         checkpoint: When to save all state to `log_dir/checkpoints`, and what to keep; None saves nothing.
+        profile_steps: The first and the last training step of a profile for TensorBoard, such as (100, 120).
 
     Example:
         >>> import keras, numpy as np, looplab
@@ -79,6 +79,7 @@ class Trainer(Steps):
         jit_compile: bool | None = None,
         run_eagerly: bool | None = None,
         checkpoint: Checkpoint | None = Checkpoint(),
+        profile_steps: tuple[int, int] | None = None,
     ):
         checks.steps_per_execution(steps_per_execution)
         checks.checkpoint(checkpoint, Checkpoint, log_dir)
@@ -87,6 +88,7 @@ class Trainer(Steps):
         given |= {"weighted_metrics": weighted_metrics, "auto_scale_loss": auto_scale_loss}
         self._looplab = Engine.of(self, {n: v for n, v in given.items() if v is not None}, log_dir, seed)
         self._looplab.on_batch = OnBatch(self._looplab)
+        self._looplab.profile_steps = checks.profile_steps(profile_steps, log_dir)
         self.optimizer = self._looplab.runner.objective.optimizer
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         """For the random numbers of a step."""
@@ -295,6 +297,4 @@ class Trainer(Steps):
     strategy = property(lambda self: self._looplab.runner.strategy, doc="The `tf.distribute.Strategy` of its creation.")
     steps = property(lambda self: self._looplab.state.steps, doc="The number of training steps since its creation.")
     epochs = property(lambda self: self._looplab.state.epochs, doc="The number of completed epochs.")
-    skipped_steps = property(
-        lambda self: self._looplab.state.skipped_steps, doc="The number of training steps skipped by `skip_nonfinite`."
-    )
+    skipped_steps = property(lambda self: self._looplab.state.skipped_steps, doc="Of these, how many were skipped.")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from looplab import checks
 from looplab.callbacks import EpochLine, ProgressBar
@@ -24,6 +24,7 @@ from looplab.loop.engine import Engine
 from looplab.loop.errors import NoBatchError
 from looplab.loop.graphs import changed_tables
 from looplab.loop.interrupts import Interrupts
+from looplab.loop.profile import Profile
 from looplab.loop.resume import Resume
 from looplab.loop.saving import Saving
 from looplab.loop.step import LEARNING_RATE
@@ -86,15 +87,8 @@ class Fit:
     def _train(self, callbacks: keras.callbacks.CallbackList, saving: Saving, interrupts: Interrupts) -> None:
         engine, state, trainer = self.engine, self.engine.state, self.engine.runner.trainer
         events, store = engine.folder.events, self.resume.store
-
-        def between(done: int) -> int | None:
-            """Saves if that is due, and returns after how many steps it is due again."""
-            if done and store.is_due_after_step(state.steps):
-                saving.save()
-            interrupts.check()
-            return store.steps_left(state.steps)
-
-        with interrupts, saving.on_exit(interrupts):
+        with interrupts, saving.on_exit(interrupts), Profile(engine.profile_steps, engine.folder.path) as profile:
+            between = functools.partial(self._between, saving, interrupts, profile)
             self._prepare()
             self.resume.load(self.train, self.validation)
             interrupts.check()  # nothing has changed yet
@@ -121,11 +115,11 @@ class Fit:
                 state.logs = logs
                 validation = self._validate(callbacks, saving, interrupts)
                 state.epochs += 1
-                events.scalars("train", state.epochs, _epoch_tags(logs | parts))
+                events.epoch("train", state.epochs, logs | parts)
                 events.scalars("time", state.epochs, {f"time/{name}": n for name, n in engine.costs.lap().items()})
                 if validation is not None:
                     values, validation_parts = validation
-                    events.scalars("validation", state.epochs, _epoch_tags(values | validation_parts))
+                    events.epoch("validation", state.epochs, values | validation_parts)
                     state.logs = logs | {f"val_{name}": value for name, value in values.items()}
                 with engine.costs.of("callbacks"):
                     callbacks.on_epoch_end(state.epoch, state.logs)
@@ -146,6 +140,15 @@ class Fit:
             for optimizer, variables in engine.runner.minimized.values():
                 optimizer.finalize_variable_values(variables)  # as in Keras: with `use_ema`, averages become weights
             callbacks.on_train_end(state.logs)
+
+    def _between(self, saving: Saving, interrupts: Interrupts, profile: Profile, done: int) -> int | None:
+        """Saves and profiles if that is due, and returns after how many steps it is due again."""
+        store, steps = self.resume.store, self.engine.state.steps
+        if done and store.is_due_after_step(steps):
+            saving.save()
+        interrupts.check()
+        left = [store.steps_left(steps), profile.left(steps)]
+        return min((number for number in left if number is not None), default=None)
 
     def _read(
         self,
@@ -230,14 +233,6 @@ class Fit:
             ) from error
         finally:
             trainer.run_eagerly = assigned
-
-
-def _epoch_tags(logs: dict[str, Any]) -> dict[str, float]:
-    return {
-        "/".join([f"epoch_{name}", *map(str, entry)]): part
-        for name, value in logs.items()
-        for entry, part in np.ndenumerate(value)
-    }
 
 
 def fit(

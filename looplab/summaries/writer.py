@@ -64,6 +64,12 @@ class RunWriter:
         """Writes one point of each tag."""
         self.steps(folder, step, {tag: np.array([value]) for tag, value in values.items()}, time.time())
 
+    def epoch(self, folder: str, epoch: int, values: dict[str, Any]) -> None:
+        """Writes the values of an epoch, arrays as one point for each entry."""
+        entries = ((f"epoch_{name}", value) for name, value in values.items())
+        tags = {"/".join([tag, *map(str, at)]): part for tag, value in entries for at, part in np.ndenumerate(value)}
+        self.scalars(folder, epoch, tags)
+
     def images(self, folder: str, step: int, contents: dict[str, Sequence[bytes]]) -> None:
         """Writes images by tag; `image_content` makes their contents."""
         self._write(folder, (_image(step, tag, content) for tag, content in contents.items()))
