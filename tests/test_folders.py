@@ -281,7 +281,7 @@ def test_event_files_are_closed_with_their_trainer(tmp_path):
     for number in range(3):
         tested = trainer(tmp_path / str(number))
         fit(tested, validation_data=(X, Y))
-    assert len(open_files()) == 2
+    assert len(open_files()) == 3
     del tested
     keras.utils.clear_session()
     assert not open_files()

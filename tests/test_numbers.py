@@ -408,7 +408,7 @@ class Nested(keras.callbacks.Callback):
         self.is_within = False
         setattr(self, hook, self.evaluate)
 
-    def evaluate(self, *_):
+    def evaluate(self, *_, **logs):
         if not self.is_within:
             self.is_within = True
             self.model.evaluate(X[:5] * 9, BITS[:5], verbose=0)
@@ -785,7 +785,7 @@ def test_a_layer_is_frozen_from_then_on(where, affine):
     frozen = block if where == "nested" else norm
     seen = []
 
-    def freeze(*_):
+    def freeze(*_, **logs):
         frozen.trainable = False
         seen.append(norm.moving_mean.numpy())
 

@@ -155,7 +155,7 @@ def test_run_leaves_all_files_and_is_quiet(finished):
     assert re.fullmatch(rf"looplab: 4 steps in \d+ s, all files in runs/first: {re.escape(text)}", last)
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     events = {path for path in left if "tfevents" in path}
-    folders = {"runs/first", "runs/first/train", "runs/first/validation"}  # the first has the hyperparameters
+    folders = {"runs/first", *(f"runs/first/{name}" for name in ("train", "validation", "time"))}  # the first: hparams
     assert {path.rpartition("/")[0] for path in events} == folders
     files = {"config.json", "history.json", "timings.json", "fits.jsonl", "model.weights.h5", "curves.png"}
     pictures = {f"pictures/{name}-00{epoch}.png" for name in ("reconstructions", "prior") for epoch in (1, 2)}

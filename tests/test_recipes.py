@@ -784,5 +784,7 @@ def test_without_the_extra_it_trains_and_says_what_to_install(tmp_path):
         "model.weights.h5",
         "train",
         "validation",
+        "time",
+        "checkpoints",
         ".lock",
-    } | {"checkpoints"}
+    }

@@ -211,7 +211,7 @@ def test_tensorboard_sees_all_fits_of_a_trainer_though_they_share_their_files(tm
                 arguments = {"run": f"run/{folder}", "tag": "epoch_loss"}
                 shown = ask("scalars/scalars", ready=lambda answer: len(json.loads(answer)) == number, **arguments)  # noqa: B023
                 assert [value for _, _, value in json.loads(shown)] == pytest.approx(expected, rel=1e-6)
-    assert event_files(tmp_path) == ["run/train", "run/validation"]
+    assert event_files(tmp_path) == ["run/time", "run/train", "run/validation"]
 
 
 def test_an_eager_step_has_no_graph(tmp_path):
@@ -226,7 +226,7 @@ def test_each_call_replaces_the_file_of_hyperparameters(tmp_path):
     assert event_files(tmp_path) == ["."]
     fit(trainer)
     trainer.log_hparams({"units": 5})
-    assert event_files(tmp_path) == [".", "train", "validation"]
+    assert event_files(tmp_path) == [".", "time", "train", "validation"]
 
 
 def test_a_resumed_run_shows_the_hyperparameters_of_its_newest_process(tmp_path):
