@@ -49,6 +49,8 @@ class Compiled:
     ):
         self.element_spec = element_spec
         self.eager = run_eagerly
+        self.pace = 1
+        """How many steps the last pass ran in its last graph call, where the next one starts."""
         self.meaning = Meaning({}, frozenset(), frozenset())
         """What the scalars are, once the step has run or was traced."""
         self.names: list[str] = []

@@ -117,7 +117,7 @@ class Engine:
         step = self.tracer.compiled(kind, iterator.element_spec)
         hooks = hooked_to_batches(callbacks.callbacks, kind)
         may_freeze = any(not getattr(hook, "stateless", False) for hook in hooks)
-        pace = Pace(1 if kind == "predict" else self._pace(hooks))
+        pace = Pace(1 if kind == "predict" else self._pace(hooks), start=step.pace)
         skipped = 0
         most = between(progress.batches)
         while not self._is_over(kind, batches, progress):
@@ -133,6 +133,7 @@ class Engine:
             started = time.time()
             logs, sound, stops = self.advance(kind, step, iterator, asked, progress, folder)
             pace.took(logs.done, time.time() - started)
+            step.pace = pace.steps
             if logs.outputs is not None:
                 outputs = tf.nest.map_structure(self.gathered, logs.outputs)
                 logs = sound = logs._replace(outputs=take_outputs(logs.batch.get_value(), outputs))

@@ -33,6 +33,7 @@ class Predictor:
     ):
         self.element_spec = element_spec
         self.eager = run_eagerly
+        self.pace = 1
         self.meaning = Meaning({}, frozenset(), frozenset())
 
         def whole_step(batch: Any) -> Any:

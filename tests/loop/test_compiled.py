@@ -124,6 +124,7 @@ def test_predicts_one_batch_per_call():
 def test_pace_is_fixed_or_follows_the_time_of_a_step():
     assert Pace(7).next() == 7
     assert Pace(7).next(3, 9) == 3
+    assert Pace("auto", start=30).next(50) == 30
     pace = Pace("auto", seconds=1.0)
     assert pace.next() == 1
     pace.took(1, 0.25)
