@@ -107,7 +107,7 @@ def inception(count, data_dir):
         def call(self, images, training=None):  # without this argument, Keras's `fit` normalizes as in inference
             return super().call(images)
 
-    random, steps, variants, figures = np.random.default_rng(0), count(2), {}, {}
+    random, steps, variants, figures = np.random.default_rng(0), count(6), {}, {}
     for batch in (64, 128):
         arrays = random.random((steps * batch, 32, 32, 3), "float32"), random.integers(10, size=steps * batch)
         problem = Problem(Inception, arrays, loss=keras.losses.SparseCategoricalCrossentropy, batch=batch)
