@@ -97,6 +97,12 @@ def with_rates(optimizers: dict[str, keras.Optimizer]) -> dict[str, keras.Optimi
     return found
 
 
+def adam_slots(optimizer: keras.Optimizer, variable: tf.Variable) -> tuple[tf.Variable, tf.Variable]:
+    """The averages of the gradient of a variable and of its square."""
+    index = optimizer._get_variable_index(variable)
+    return optimizer._momentums[index].value, optimizer._velocities[index].value
+
+
 def takes_logits(loss: Any) -> bool:
     """Whether a Keras loss has from_logits=True; only `get_config`, which may fail, has it in public."""
     return bool(getattr(loss, "_fn_kwargs", {}).get("from_logits", False))

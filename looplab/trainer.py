@@ -37,13 +37,13 @@ class Trainer(Steps):
         optimizer, loss, loss_weights, metrics, weighted_metrics, auto_scale_loss: As in `keras.Model.compile`; by
             default what `model` was compiled with. Without `loss`, the loss is what the model adds with `add_loss`.
         log_dir: Folder for event files in `train`, `validation` and `time`, and for `checkpoints`; None writes nothing.
-        seed: Of the order of the data and of `seed_generator`. By default it is drawn from Python's `random`, which
-            `keras.utils.set_random_seed` seeds, as Keras draws the seeds of its layers.
-        steps_per_execution: How many steps one graph call runs; by default as `model` is compiled, where 1 counts as
-            "auto", which returns to Python about five times a second. It never changes a result.
+        seed: Of the order of the data and of `seed_generator`; by default from Python's `random`, as in Keras's layers.
+        steps_per_execution: Steps per graph call, which never change a result; by default as `model` is compiled, where
+            1 counts as "auto", which returns to Python about five times a second.
         jit_compile: Whether XLA compiles the step; by default whether `model` is compiled with True.
         run_eagerly: Whether Python runs the step line by line, for debugging: slow. By default as `model` is compiled.
         checkpoint: When to save all state to `log_dir/checkpoints`, and what to keep; None saves nothing.
+        fused_updates: Whether TensorFlow's kernels update large variables of `Adam`, equal to Keras's up to rounding.
         profile_steps: The first and the last training step of a profile for TensorBoard, such as (100, 120).
 
     Example:
@@ -79,6 +79,7 @@ class Trainer(Steps):
         jit_compile: bool | None = None,
         run_eagerly: bool | None = None,
         checkpoint: Checkpoint | None = Checkpoint(),
+        fused_updates: bool = False,
         profile_steps: tuple[int, int] | None = None,
     ):
         checks.steps_per_execution(steps_per_execution)
@@ -86,10 +87,10 @@ class Trainer(Steps):
         self.model = checks.model(model)
         given = {"optimizer": optimizer, "loss": loss, "loss_weights": loss_weights, "metrics": metrics}
         given |= {"weighted_metrics": weighted_metrics, "auto_scale_loss": auto_scale_loss}
-        self._looplab = Engine.of(self, {n: v for n, v in given.items() if v is not None}, log_dir, seed)
-        self._looplab.on_batch = OnBatch(self._looplab)
-        self._looplab.profile_steps = checks.profile_steps(profile_steps, log_dir)
-        self.optimizer = self._looplab.runner.objective.optimizer
+        engine = self._looplab = Engine.of(self, {n: v for n, v in given.items() if v is not None}, log_dir, seed)
+        engine.on_batch, engine.profile_steps = OnBatch(engine), checks.profile_steps(profile_steps, log_dir)
+        engine.runner.fused_updates = bool(fused_updates)
+        self.optimizer = engine.runner.objective.optimizer
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         """For the random numbers of a step."""
         self.checkpoint = checkpoint
@@ -99,8 +100,7 @@ class Trainer(Steps):
         self.stop_training = False
         """Whether `fit` ends after the running graph call; callbacks set it."""
         self.skip_nonfinite = 0
-        """How many steps in a row may have a loss or gradients that are not finite before `fit` raises an error. Such
-        a step updates nothing, and does not count in an epoch's values."""
+        """How many steps in a row may not be finite before `fit` raises an error; they update and count nothing."""
 
     @checks.named
     def fit(

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from looplab.compat import APPLYING, Hooks, first_reads, read_as
+from looplab.loop import fused
 from looplab.loop.guard import Guard
 from looplab.loop.losses import Ledger
 from looplab.loop.metrics import StepMetrics
@@ -47,6 +48,8 @@ class Step:
         """Called with each optimizer that the step applies, and the variables that it changes, before it does."""
         self.inspect: Callable[[Any, Any, Any, Any], tuple[Any, Any]] | None = None
         """Maps a Keras loss, its target, output and weight to the target and the weight that the loss gets."""
+        self.is_fused = False
+        """Whether TensorFlow's fused kernels update large variables."""
         self.shared: tuple[tf.Graph, Any] | None = None
         """The graph that the running optimizer is traced in, and what all its updates read there."""
 
@@ -127,7 +130,8 @@ def _update_step(update: Callable[..., Any], optimizer: Any, gradient: Any, vari
     if step.shared is None or step.shared[0] is not graph:
         step.shared = graph, first_reads(optimizer.iterations, learning_rate)
     with read_as(step.shared[1]):
-        return update(optimizer, gradient, variable, learning_rate)
+        if not (step.is_fused and fused.updates(optimizer, gradient, variable, learning_rate)):
+            update(optimizer, gradient, variable, learning_rate)
 
 
 _layers = Hooks(keras.Layer, {"add_loss": _add_loss})

@@ -86,6 +86,8 @@ class StepRunner:
         self.eager_lock = threading.RLock()
         """Held while steps run eagerly, or read what they change: evaluations then use the variables themselves."""
         self.batch_metrics = BatchMetrics()
+        self.fused_updates = False
+        """Whether TensorFlow's fused kernels update large variables."""
         self.class_weights: ClassWeights | None = None
         """Of the running `fit`."""
         self.image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}, "predict": {}}
@@ -108,7 +110,7 @@ class StepRunner:
         if kind == "train":  # their values when the step uses them
             optimizers = with_rates(self.variables.optimizers()).values()
             self._rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
-            step.trains = self.prepare
+            step.trains, step.is_fused = self.prepare, self.fused_updates
         assert step.metrics is not None
         with context.running(step):
             step.ledger.start(trainer.trainable_variables)
