@@ -62,7 +62,8 @@ def test_a_thousand_fused_updates_equal_those_of_keras():
 def test_only_adam_is_fused_and_with_all_its_settings(optimizer, is_fused):
     plain, fused = (values(fitted(optimizer(), fused_updates=fused)) for fused in (False, True))
     for one, other in zip(plain, fused, strict=True):
-        assert distance(one, other) <= 1e-5
+        assert distance(one, other) <= 5e-5
+    assert distance(plain[0], fused[0]) <= 1e-5
     assert (plain[0] != fused[0]).any() == is_fused
 
 
