@@ -30,6 +30,12 @@ class Steps:
         optimizer: Any
         _looplab: Engine
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"`{type(self).__name__}` cannot be pickled or copied: use its `save` or `save_weights`, and of a `History` "
+            f"pickle `history.history`."
+        )
+
     def train_step(self, batch: Any) -> dict[str, Any]:
         """Learns from one batch; by the model's own `train_step`, if its class overrides that of `keras.Model`.
 

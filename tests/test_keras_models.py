@@ -1,6 +1,7 @@
 """Keras models as they are: what they are compiled with, their own steps, their files, and Keras's names and limits."""
 
 import functools
+import pickle
 
 import keras
 import numpy as np
@@ -317,6 +318,15 @@ def test_each_optimizer_inside_one_has_a_curve_of_its_own(tmp_path):
     curves = looplab.read_scalars(tmp_path / "train")
     rates = [{*values.tolist()} for tag, (_, values) in curves.items() if "learning_rate/optimizer/" in tag]
     assert sorted(map(list, rates)) == [[np.float32(0.1)], [np.float32(0.2)]]
+
+
+def test_pickling_a_trainer_or_its_history_says_what_to_do_instead():
+    trainer = looplab.Trainer(compiled())
+    fitted(trainer)
+    for one in (trainer, trainer.history):
+        with pytest.raises(TypeError, match="`Trainer` cannot be pickled or copied: use its `save`"):
+            pickle.dumps(one)
+    assert pickle.loads(pickle.dumps(trainer.history.history)) == trainer.history.history
 
 
 def test_averages_of_its_optimizer_become_its_weights_at_the_end_as_in_keras():
