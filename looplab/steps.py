@@ -32,7 +32,7 @@ class Steps:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            f"`{type(self).__name__}` cannot be pickled or copied: use its `save` or `save_weights`, and of a `History` "
+            f"`{type(self).__name__}` cannot be pickled or copied: use its `save` or `save_weights`; of a `History` "
             f"pickle `history.history`."
         )
 
