@@ -94,7 +94,7 @@ class Guard:
     @property
     def variables(self) -> list[tf.Variable]:
         """Its own; with replicas, those of each."""
-        return [*of_each_replica(self._fault).values()]
+        return [plain(part) for part in of_each_replica(self._fault).values()]
 
     def report(self, wrong: tf.Tensor, messages: Sequence[str], skippable: bool = False) -> None:
         """Records the first fault, if any: `wrong` is a vector of bools with a message for each."""
