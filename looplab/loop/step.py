@@ -74,14 +74,22 @@ class StepRunner:
         objective: Its loss and metrics.
         variables: What it holds.
         warnings: For what looks wrong but may be intended.
+        strategy: Where steps run.
     """
 
-    def __init__(self, trainer: Any, objective: Objective, variables: Variables, warnings: Warnings):
+    def __init__(
+        self,
+        trainer: Any,
+        objective: Objective,
+        variables: Variables,
+        warnings: Warnings,
+        strategy: tf.distribute.Strategy,
+    ):
         self.trainer = trainer
         self.objective = objective
         self.variables = variables
         self.warnings = warnings
-        self.strategy = tf.distribute.get_strategy()
+        self.strategy = strategy
         self.guard = Guard()
         self.eager_lock = threading.RLock()
         """Held while steps run eagerly, or read what they change: evaluations then use the variables themselves."""
