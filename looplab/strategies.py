@@ -45,18 +45,25 @@ def running() -> tf.distribute.Strategy:
     return strategy
 
 
-def check(strategy: tf.distribute.Strategy, found: Iterable[Held], trains: bool) -> None:
+def check(strategy: tf.distribute.Strategy, found: Iterable[Held], trains: bool, jit_compile: bool) -> None:
     """Requires that what a trainer holds can be used with its strategy.
 
     Args:
         strategy: That of the trainer.
         found: The stateful objects of the trainer.
         trains: Whether optimizers are used.
+        jit_compile: Whether XLA compiles the steps.
 
     Raises:
-        ValueError: Something was created in the scope of another strategy, or an optimizer accumulates gradients of
-            several replicas.
+        ValueError: Something was created in the scope of another strategy, or XLA or the accumulation of gradients
+            would get several replicas.
     """
+    replicas = strategy.num_replicas_in_sync
+    if jit_compile and replicas > 1:
+        raise ValueError(
+            f"`jit_compile` is True, which TensorFlow supports on one device only; the trainer has {replicas}. Pass "
+            f"`jit_compile=False` to the trainer, or to the model's `compile`."
+        )
     owner = strategy if isinstance(strategy, _DISTRIBUTING) else None
     for held in found:
         for variable in _changed_variables(held.thing):
@@ -69,7 +76,7 @@ def check(strategy: tf.distribute.Strategy, found: Iterable[Held], trains: bool)
                     f"`with strategy.scope():` block."
                 )
         optimizer = getattr(held.thing, "inner_optimizer", held.thing)
-        steps, replicas = getattr(optimizer, "gradient_accumulation_steps", None), strategy.num_replicas_in_sync
+        steps = getattr(optimizer, "gradient_accumulation_steps", None)
         if trains and steps and replicas > 1 and isinstance(optimizer, keras.Optimizer):
             raise ValueError(
                 f"`gradient_accumulation_steps` of `{held.path}` is {steps}, which Keras supports on one device only; "

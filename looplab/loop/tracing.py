@@ -98,7 +98,8 @@ class Tracer:
             for trace in self._traces:
                 if trace.key == key and trace.element_spec == element_spec:
                     return trace.compiled
-            strategies.check(self._runner.strategy, self._runner.variables.walk(), trains=kind == "train")
+            found, jit_compile = self._runner.variables.walk(), bool(trainer.jit_compile)
+            strategies.check(self._runner.strategy, found, kind == "train", jit_compile)
             self._warn_of_retraces(kind, element_spec)
             is_first = not self._traces
             try:
