@@ -302,3 +302,135 @@ def test_fit_in_the_scope_swaps_averaged_weights(line, tmp_path, two_devices):
         )
     assert other_values == pytest.approx(values, rel=1e-5)
     assert history["val_mae"][-1] == pytest.approx(other_values["mae"], rel=1e-5)
+
+
+class Direct(looplab.Trainer):
+    """Calls a Keras loss and the optimizer itself, as published steps do."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.error = keras.losses.MeanSquaredError()
+
+    def train_step(self, batch):
+        x, y = batch[:2]
+        with tf.GradientTape() as tape:
+            loss = self.error(y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+class Mean(looplab.Trainer):
+    """Computes a mean over what it takes for the batch; logs a gradient."""
+
+    def train_step(self, batch):
+        x, y = batch[:2]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True) - y))
+        self.log("norm", tf.linalg.global_norm(self.minimize(tape, loss)))
+        return {"loss": loss}
+
+
+class OwnStep(keras.Model):
+    """A Keras model with a step of its own, and losses that layers add."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = keras.Sequential(
+            [layers.Dense(8, "tanh", activity_regularizer="l2", kernel_regularizer="l2"), layers.Dense(1)]
+        )
+
+    def call(self, x):
+        return self.inner(x)
+
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True), sample_weight)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+def assert_replicas_equal_one_device(two_devices, create, *data, **options):
+    """Trains on one device and on two; weights and history must be equal but for rounding."""
+    found = []
+    for scope in (contextlib.nullcontext(), two_devices.scope()):
+        keras.utils.set_random_seed(0)
+        with scope:
+            trainer = create()
+        history = trainer.fit(*data, batch_size=24, epochs=4, verbose=0, **options).history
+        found.append((history, np.concatenate([weight.ravel() for weight in trainer.get_weights()])))
+    (expected, weights), (history, others) = found
+    assert set(history) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=2e-5, err_msg=name)
+    np.testing.assert_allclose(others, weights, atol=2e-6)
+
+
+def regression(kind=looplab.Trainer, **options):
+    def create():
+        net = keras.Sequential([keras.Input((4,)), layers.Dense(8, "tanh"), layers.Dense(1)])
+        return kind(net, seed=0, **{name: value() for name, value in options.items()})
+
+    return create
+
+
+@pytest.mark.parametrize("rows", [73, 86, 95])  # last batches of 1 row, with none for a replica, of 14 and of 23
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [
+        (looplab.Trainer, lambda: keras.optimizers.SGD(0.05)),
+        (looplab.Trainer, lambda: keras.optimizers.Adam(0.01, global_clipnorm=0.1)),
+        (looplab.Trainer, lambda: keras.optimizers.SGD(0.05, clipnorm=0.1)),
+        (looplab.Trainer, lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05, clipnorm=0.1))),
+        (Direct, lambda: keras.optimizers.Adam(0.01, clipnorm=0.1)),
+        (Mean, lambda: keras.optimizers.Adam(0.01)),
+    ],
+)
+def test_rows_weigh_the_same_on_whatever_replica(line, two_devices, rows, kind, optimizer):
+    loss = {"loss": lambda: "mse"} if kind is looplab.Trainer else {}
+    x, y = (part[:rows] for part in line)
+    weights = {"sample_weight": np.linspace(0.1, 3, rows).astype("float32")} if loss else {}
+    assert_replicas_equal_one_device(two_devices, regression(kind, optimizer=optimizer, **loss), x, y, **weights)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("rows", [73, 96])
+def test_losses_are_reduced_over_the_whole_batch(line, two_devices, reduction, rows):
+    x, y = (part[:rows] for part in line)
+    create = regression(
+        optimizer=lambda: keras.optimizers.SGD(0.002), loss=lambda: keras.losses.MeanSquaredError(reduction=reduction)
+    )
+    weights = np.linspace(0.1, 3, rows).astype("float32")
+    assert_replicas_equal_one_device(two_devices, create, x, y, sample_weight=weights)
+
+
+def test_masked_positions_count_over_the_whole_batch(two_devices):
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 5, size=(73, 7))
+    tokens[:60, 3:] = 0  # which the mask leaves out
+
+    def create():
+        hidden = [layers.Embedding(5, 3, mask_zero=True), layers.GRU(4, return_sequences=True), layers.Dense(1)]
+        return looplab.Trainer(keras.Sequential([keras.Input((7,)), *hidden]), optimizer="adam", loss="mse", seed=0)
+
+    y = random.normal(size=(73, 7, 1)).astype("float32")
+    assert_replicas_equal_one_device(two_devices, create, tokens, y)
+
+
+def test_the_own_step_of_a_model_trains_as_on_one_device(line, two_devices):
+    def create():
+        model = OwnStep()
+        model.compile(keras.optimizers.Adam(0.01, global_clipnorm=0.1), "mse")
+        return looplab.Trainer(model, seed=0)
+
+    x, y = (part[:73] for part in line)
+    assert_replicas_equal_one_device(two_devices, create, x, y, sample_weight=np.linspace(0.1, 3, 73))
+
+
+def test_xla_is_an_error_on_several_devices(line, two_devices):
+    with two_devices.scope():
+        trainer = dense(jit_compile=True)
+    with pytest.raises(ValueError, match="`jit_compile` is True, which TensorFlow supports on one device only"):
+        trainer.fit(*line, verbose=0)
