@@ -35,6 +35,14 @@ KERAS_TRAINER = next(kind for kind in keras.Model.__mro__ if "compile" in vars(k
 APPLYING = next(kind for kind in keras.Optimizer.__mro__ if "apply" in vars(kind))
 """The class of all optimizers that has the method `apply`; a subclass may override it."""
 
+LOSSES, REDUCE_VALUES = losses.loss, "reduce_weighted_values"
+"""The module of Keras's losses, and its function that reduces the values of a loss."""
+
+REPLICA_SCALES = ("scale_loss_for_distribution", "unscale_loss_for_distribution")  # functions of that module
+
+REDUCE = "_all_reduce_sum_gradients"
+"""The method of optimizers that adds up the gradients of the replicas."""
+
 
 def compile_arguments(model: Any) -> dict[str, Any]:
     """What a model was compiled with; `get_compile_config` has only what can be serialized."""
@@ -252,12 +260,12 @@ class Hooks:
     Keras and TensorFlow have no public way to observe these calls.
 
     Args:
-        base: The class.
+        base: The class, or a module with functions.
         wrappers: By method name, `wrapper(method, self, *args, **kwargs)`, which is called instead.
         subclasses: Whether to replace the methods of all subclasses as well.
     """
 
-    def __init__(self, base: type, wrappers: dict[str, Callable[..., Any]], subclasses: bool = False):
+    def __init__(self, base: Any, wrappers: dict[str, Callable[..., Any]], subclasses: bool = False):
         self._base = base
         self._wrappers = wrappers
         self._subclasses = subclasses

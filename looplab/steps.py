@@ -13,7 +13,7 @@ import tensorflow as tf
 from looplab import checks, keras_names
 from looplab.compat import converted
 from looplab.keras_models import own_method
-from looplab.loop import context, step_checks
+from looplab.loop import context, replicas, step_checks
 from looplab.loop.engine import Engine
 from looplab.names import check_assignment, check_subclass
 from looplab.summaries import projector
@@ -137,7 +137,7 @@ class Steps:
 
         Returns:
             The gradients of `loss` in the order of `variables`, without any loss scale; None where the loss does not
-            depend on a variable.
+            depend on a variable. With several replicas, those of the mean over the whole batch.
 
         Raises:
             ValueError: There is no optimizer, the loss is not one floating-point number, or there is no gradient.
@@ -158,16 +158,20 @@ class Steps:
         step_checks.new_variables(optimizer, variables)
         runner.prepare(optimizer, variables)
         # Scales the gradient rather than the loss, whose value is logged.
-        replicas = runner.strategy.num_replicas_in_sync
-        one = tf.ones_like(loss) / replicas
-        scale = optimizer.scale_loss(one)
-        gradients = tape.gradient(loss, variables, output_gradients=scale)
+        one = tf.ones_like(loss)
+        scale, part, rows = optimizer.scale_loss(one), None, step.rows
+        if runner.strategy.num_replicas_in_sync > 1:
+            part, rows = step.share or replicas.share(1)
+        weight = scale if part is None else scale * tf.cast(part, scale.dtype)
+        gradients = tape.gradient(loss, variables, output_gradients=weight)
         step_checks.gradients(gradients, variables)
         if is_default:
             runner.warn_of_bare_variables(variables, gradients)
-        step.guard.apply(optimizer, gradients, variables, loss, step.rows)
+        if part is not None:
+            gradients, loss = replicas.added(gradients, loss, part)
+        step.guard.apply(optimizer, gradients, variables, loss, rows)
         step.is_guarded = True
-        if scale is one and replicas == 1:
+        if scale is one:
             return gradients
         return [gradient if gradient is None else _divided(gradient, scale) for gradient in gradients]
 

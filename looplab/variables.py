@@ -257,8 +257,10 @@ def of_each_replica(variable: Any) -> dict[str, Any]:
 
 
 def plain(variable: Any) -> Any:
-    """The TensorFlow variable of a Keras variable; anything else as it is."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
+    """The TensorFlow variable of a Keras variable, and that of the replica if there is only one; or `variable`."""
+    inner = variable.value if isinstance(variable, keras.Variable) else variable
+    is_alone = isinstance(inner, tf.distribute.DistributedValues) and len(inner.values) == 1
+    return inner.values[0] if is_alone else inner
 
 
 def path_of(variable: Any) -> str:

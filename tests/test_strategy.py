@@ -1,10 +1,18 @@
-"""Training on two devices."""
+"""Training on two devices, and errors for what cannot be distributed."""
 
 import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import looplab
@@ -62,3 +70,367 @@ def test_two_replicas_resume_to_the_same_bits(line, two_devices):
         return looplab.Recipe(trainer, (x, y), validation=(x, y), epochs=2, batch_size=24)
 
     assert_resume_exact(build, 2)  # in mid-epoch, and after an epoch
+
+
+def dense(**options):
+    """A trainer of one layer."""
+    net = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    return looplab.Trainer(net, **{"optimizer": "sgd", "loss": "mse", "seed": 0, **options})
+
+
+def processes(script, tmp_path, configs):
+    """What processes print that run a script, each with a TF_CONFIG."""
+    file = tmp_path / "script.py"
+    file.write_text(textwrap.dedent(script))
+    environment = {**os.environ, "PYTHONPATH": str(Path(looplab.__file__).parent.parent), "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, str(file), str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command, env={**environment, "TF_CONFIG": config}, **pipes) for config in configs]
+    try:
+        return [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def cluster(workers, task="worker", index=0):
+    """A TF_CONFIG."""
+    ports = []
+    for _ in range(workers):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            ports.append(f"127.0.0.1:{one.getsockname()[1]}")
+    return {"cluster": {"worker": ports}, "task": {"type": task, "index": index}}
+
+
+def test_several_workers_are_an_error_in_each(tmp_path):
+    config = cluster(2)
+    script = """
+        import sys
+        import tensorflow as tf
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        import looplab
+        with strategy.scope():
+            try:
+                looplab.Trainer(loss="mse", log_dir=sys.argv[1] + "/run")
+            except ValueError as error:
+                print(error)
+    """
+    configs = [json.dumps({**config, "task": {"type": "worker", "index": index}}) for index in (0, 1)]
+    for printed in processes(script, tmp_path, configs):
+        assert "`MultiWorkerMirroredStrategy` has 2 workers. Several workers are not supported yet: use" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameter_servers_are_an_error(tmp_path):
+    script = """
+        import json, os
+        import tensorflow as tf
+        workers = json.loads(os.environ.pop("TF_CONFIG"))["cluster"]["worker"]
+        jobs = ("worker", "ps", "chief")
+        cluster = tf.train.ClusterSpec({job: [address] for job, address in zip(jobs, workers)})
+        servers = [tf.distribute.Server(cluster, job_name=job, protocol="grpc") for job in jobs[:2]]
+        resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(cluster, rpc_layer="grpc")
+        strategy = tf.distribute.ParameterServerStrategy(resolver)
+        import looplab
+        with strategy.scope():
+            try:
+                looplab.Trainer(loss="mse")
+            except ValueError as error:
+                print(error)
+        os._exit(0)  # the servers do not end
+    """
+    (printed,) = processes(script, tmp_path, [json.dumps(cluster(3))])
+    assert "`ParameterServerStrategy` is not supported: create the trainer in the scope of a `tf.dist" in printed
+
+
+def test_central_storage_is_an_error():
+    with (
+        tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"]).scope(),
+        pytest.raises(
+            ValueError, match="`CentralStorageStrategy` is not supported: create the trainer in the scope of a"
+        ),
+    ):
+        dense()
+
+
+def test_workers_that_would_each_train_alone_are_an_error(monkeypatch, two_devices):
+    for scope in (contextlib.nullcontext(), two_devices.scope()):
+        monkeypatch.setenv("TF_CONFIG", json.dumps(cluster(2)))
+        with scope, pytest.raises(ValueError, match="TF_CONFIG names 2 workers, and each of them would train alone"):
+            dense()
+    for config in (cluster(1), cluster(2, "evaluator"), {}):
+        monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+        dense()
+    monkeypatch.setenv("TF_CONFIG", "{worker: 1}")
+    with pytest.raises(ValueError, match="TF_CONFIG is malformed: Expecting property name"):
+        dense()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda: tf.distribute.MirroredStrategy(["CPU:0"]),
+        lambda: tf.distribute.OneDeviceStrategy("CPU:1"),
+        tf.distribute.MultiWorkerMirroredStrategy,
+    ],
+)
+def test_one_replica_computes_what_no_strategy_computes(line, tmp_path, strategy):
+    """To the bit; and its checkpoints are the same."""
+
+    def run(scope, name):
+        keras.utils.set_random_seed(0)
+        with scope:
+            inner = [layers.Dense(8, "relu"), layers.BatchNormalization(), layers.Dropout(0.5), layers.Dense(1)]
+            trainer = looplab.Trainer(
+                keras.Sequential(inner), optimizer="adam", loss="mse", metrics=["mae"], seed=0, log_dir=tmp_path / name
+            )
+        history = trainer.fit(*line, epochs=2, verbose=0, validation_data=line).history
+        return trainer, history, trainer.evaluate(*line, verbose=0), trainer.predict(line[0], verbose=0).tolist()
+
+    one, *expected = run(contextlib.nullcontext(), "one")
+    other, *found = run(strategy().scope(), "other")
+    assert found == expected
+    other.restore(max((tmp_path / "one" / "checkpoints").iterdir()))
+    assert other.evaluate(*line, verbose=0) == expected[1]
+    assert one.strategy is not other.strategy
+
+
+def test_what_another_strategy_distributes_is_an_error(line, two_devices):
+    class Counted(looplab.Trainer):
+        def __init__(self, metric, **options):
+            net = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+            super().__init__(net, loss="mse", seed=0, **options)
+            self.metric = metric
+
+    def trainer(model=False, optimizer=False, metric=False, own=True):
+        """Each argument says whether the part is created in the scope."""
+
+        def scope(inside):
+            return two_devices.scope() if inside else contextlib.nullcontext()
+
+        with scope(optimizer):
+            adam = keras.optimizers.Adam()
+        with scope(metric):
+            mean = keras.metrics.Mean("seen")
+        with scope(model):
+            net = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+        with scope(own):
+            counted = Counted(mean, optimizer=adam)
+            counted.model = net
+        return counted
+
+    every = {"model", "optimizer", "metric", "own"}
+    inside = r"in the scope of a `MirroredStrategy` of 2 replicas"
+    outside = "outside of any strategy's scope"
+    for part in ("model", "optimizer", "metric"):
+        for parts, places in ((every - {part}, (outside, inside)), ({part}, (inside, outside))):
+            wrong = trainer(**{name: name in parts for name in every})
+            match = f"`{part}` was created {places[0]}, and the trainer {places[1]}: see the variable .*/"
+            for call in (wrong.fit, wrong.evaluate):
+                with pytest.raises(ValueError, match=match):
+                    call(*line, verbose=0)
+            assert wrong.steps == 0
+    trainer(**dict.fromkeys(every, True)).fit(*line, verbose=0)
+    trainer(**dict.fromkeys(every, False)).fit(*line, verbose=0)
+
+
+def test_accumulated_gradients_of_several_replicas_are_an_error(line, two_devices):
+    with two_devices.scope():
+        trainer = dense(optimizer=keras.optimizers.SGD(gradient_accumulation_steps=3))
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` of `optimizer` is 3, which Keras supports on"):
+        trainer.fit(*line, verbose=0)
+    trainer.evaluate(*line, verbose=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_continues_on_another_number_of_replicas(line, tmp_path, two_devices, before, after):
+    """In mid-epoch, when each replica has its own part of the metrics, and of the optimizer's counter."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.model.steps == 6:
+                raise KeyboardInterrupt
+
+    def create(replicas, log_dir):
+        keras.utils.set_random_seed(0)
+        with two_devices.scope() if replicas == 2 else contextlib.nullcontext():
+            checkpoint = {"log_dir": log_dir, "checkpoint": looplab.Checkpoint(every=1)} if log_dir else {}
+            return dense(optimizer=keras.optimizers.Adam(0.1), metrics=["mae"], **checkpoint)
+
+    def fit(trainer, **options):
+        return trainer.fit(*line, batch_size=20, epochs=3, verbose=0, validation_data=line, **options).history
+
+    expected = fit(create(after, None))
+    with pytest.raises(KeyboardInterrupt):
+        fit(create(before, tmp_path), callbacks=[Stop()])
+    trainer = create(after, tmp_path)
+    with pytest.warns(UserWarning, match=f"there were {before} replicas, and now {after}: the run continues, but not"):
+        history = fit(trainer, resume=True)
+    assert trainer.steps == 15
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-5, err_msg=name)
+
+
+def test_fit_in_the_scope_swaps_averaged_weights(line, tmp_path, two_devices):
+    """As in Keras's own test of `SwapEMAWeights`; a checkpoint has the averages."""
+
+    def run(scope, name):
+        keras.utils.set_random_seed(0)
+        (tmp_path / name).mkdir()
+        with scope:
+            net = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+            net.compile(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9), "mse", metrics=["mae"])
+            callbacks = [
+                keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+                keras.callbacks.ModelCheckpoint(tmp_path / name / "m_{epoch}.keras"),
+            ]
+            trainer = looplab.Trainer(net, seed=0)
+            history = trainer.fit(
+                *line, batch_size=20, epochs=2, verbose=0, callbacks=callbacks, validation_data=line
+            ).history
+            saved = [keras.models.load_model(tmp_path / name / f"m_{epoch}.keras") for epoch in (1, 2)]
+        return history, [one.get_weights() for one in [*saved, net]], trainer.evaluate(*line, verbose=0)
+
+    expected, weights, values = run(contextlib.nullcontext(), "one")
+    history, other_weights, other_values = run(two_devices.scope(), "two")
+    for name in expected:
+        np.testing.assert_allclose(history[name], expected[name], rtol=1e-5, err_msg=name)
+    for one, other in zip(weights, other_weights, strict=True):
+        np.testing.assert_allclose(
+            np.concatenate([w.ravel() for w in other]), np.concatenate([w.ravel() for w in one]), rtol=1e-5
+        )
+    assert other_values == pytest.approx(values, rel=1e-5)
+    assert history["val_mae"][-1] == pytest.approx(other_values["mae"], rel=1e-5)
+
+
+class Direct(looplab.Trainer):
+    """Calls a Keras loss and the optimizer itself, as published steps do."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.error = keras.losses.MeanSquaredError()
+
+    def train_step(self, batch):
+        x, y = batch[:2]
+        with tf.GradientTape() as tape:
+            loss = self.error(y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+class Mean(looplab.Trainer):
+    """Computes a mean over what it takes for the batch; logs a gradient."""
+
+    def train_step(self, batch):
+        x, y = batch[:2]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True) - y))
+        self.log("norm", tf.linalg.global_norm(self.minimize(tape, loss)))
+        return {"loss": loss}
+
+
+class OwnStep(keras.Model):
+    """A Keras model with a step of its own, and losses that layers add."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = keras.Sequential(
+            [layers.Dense(8, "tanh", activity_regularizer="l2", kernel_regularizer="l2"), layers.Dense(1)]
+        )
+
+    def call(self, x):
+        return self.inner(x)
+
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True), sample_weight)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+def assert_replicas_equal_one_device(two_devices, create, *data, **options):
+    """Trains on one device and on two; weights and history must be equal but for rounding."""
+    found = []
+    for scope in (contextlib.nullcontext(), two_devices.scope()):
+        keras.utils.set_random_seed(0)
+        with scope:
+            trainer = create()
+        history = trainer.fit(*data, batch_size=24, epochs=4, verbose=0, **options).history
+        found.append((history, np.concatenate([weight.ravel() for weight in trainer.get_weights()])))
+    (expected, weights), (history, others) = found
+    assert set(history) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=2e-5, err_msg=name)
+    np.testing.assert_allclose(others, weights, atol=2e-6)
+
+
+def regression(kind=looplab.Trainer, **options):
+    def create():
+        net = keras.Sequential([keras.Input((4,)), layers.Dense(8, "tanh"), layers.Dense(1)])
+        return kind(net, seed=0, **{name: value() for name, value in options.items()})
+
+    return create
+
+
+@pytest.mark.parametrize("rows", [73, 86, 95])  # last batches of 1 row, with none for a replica, of 14 and of 23
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [
+        (looplab.Trainer, lambda: keras.optimizers.SGD(0.05)),
+        (looplab.Trainer, lambda: keras.optimizers.Adam(0.01, global_clipnorm=0.1)),
+        (looplab.Trainer, lambda: keras.optimizers.SGD(0.05, clipnorm=0.1)),
+        (looplab.Trainer, lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05, clipnorm=0.1))),
+        (Direct, lambda: keras.optimizers.Adam(0.01, clipnorm=0.1)),
+        (Mean, lambda: keras.optimizers.Adam(0.01)),
+    ],
+)
+def test_rows_weigh_the_same_on_whatever_replica(line, two_devices, rows, kind, optimizer):
+    loss = {"loss": lambda: "mse"} if kind is looplab.Trainer else {}
+    x, y = (part[:rows] for part in line)
+    weights = {"sample_weight": np.linspace(0.1, 3, rows).astype("float32")} if loss else {}
+    assert_replicas_equal_one_device(two_devices, regression(kind, optimizer=optimizer, **loss), x, y, **weights)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("rows", [73, 96])
+def test_losses_are_reduced_over_the_whole_batch(line, two_devices, reduction, rows):
+    x, y = (part[:rows] for part in line)
+    create = regression(
+        optimizer=lambda: keras.optimizers.SGD(0.002), loss=lambda: keras.losses.MeanSquaredError(reduction=reduction)
+    )
+    weights = np.linspace(0.1, 3, rows).astype("float32")
+    assert_replicas_equal_one_device(two_devices, create, x, y, sample_weight=weights)
+
+
+def test_masked_positions_count_over_the_whole_batch(two_devices):
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 5, size=(73, 7))
+    tokens[:60, 3:] = 0  # which the mask leaves out
+
+    def create():
+        hidden = [layers.Embedding(5, 3, mask_zero=True), layers.GRU(4, return_sequences=True), layers.Dense(1)]
+        return looplab.Trainer(keras.Sequential([keras.Input((7,)), *hidden]), optimizer="adam", loss="mse", seed=0)
+
+    y = random.normal(size=(73, 7, 1)).astype("float32")
+    assert_replicas_equal_one_device(two_devices, create, tokens, y)
+
+
+def test_the_own_step_of_a_model_trains_as_on_one_device(line, two_devices):
+    def create():
+        model = OwnStep()
+        model.compile(keras.optimizers.Adam(0.01, global_clipnorm=0.1), "mse")
+        return looplab.Trainer(model, seed=0)
+
+    x, y = (part[:73] for part in line)
+    assert_replicas_equal_one_device(two_devices, create, x, y, sample_weight=np.linspace(0.1, 3, 73))
+
+
+def test_xla_is_an_error_on_several_devices(line, two_devices):
+    with two_devices.scope():
+        trainer = dense(jit_compile=True)
+    with pytest.raises(ValueError, match="`jit_compile` is True, which TensorFlow supports on one device only"):
+        trainer.fit(*line, verbose=0)

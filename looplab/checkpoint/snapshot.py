@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
+import numpy as np
 import tensorflow as tf
 
 from looplab.checkpoint import files
 from looplab.checkpoint.files import CheckpointError
 from looplab.state import Count, RunState
-from looplab.variables import path_of, to_numpy
+from looplab.variables import path_of, plain, to_numpy
+
+_REPLICA = re.compile(r"/replica-(\d+)$")  # ends the path of what each replica has of its own
 
 
 @dataclasses.dataclass
@@ -86,12 +91,12 @@ def values_of(variables: dict[str, Any]) -> dict[str, VariableValue]:
 
 
 def check(variables: dict[str, Any], saved: Saved) -> None:
-    """Checks that the values of a checkpoint belong to these variables.
+    """Checks that the values of a checkpoint belong to these variables, of any number of replicas.
 
     Raises:
         CheckpointError: They do not.
     """
-    values = saved.snapshot.variables
+    values = _of_these_replicas(variables, saved.snapshot.variables)
     here = {path: _signature(variable) for path, variable in variables.items()}
     there = {path: _signature(value.value) for path, value in values.items()}
     for path in [*here, *there]:
@@ -107,9 +112,48 @@ def check(variables: dict[str, Any], saved: Saved) -> None:
 
 def assign(variables: dict[str, Any], saved: dict[str, VariableValue]) -> None:
     """Assigns the values to those variables that have the same path, shape and dtype."""
+    saved = _of_these_replicas(variables, saved)
     for path, variable in variables.items():
         if path in saved and _signature(saved[path].value) == _signature(variable):
             variable.assign(saved[path].value)
+
+
+def replicas(paths: Iterable[str]) -> int:
+    """How many replicas variables with these paths have."""
+    return 1 + max((int(found[1]) for path in paths if (found := _REPLICA.search(path))), default=0)
+
+
+def _of_these_replicas(variables: dict[str, Any], saved: dict[str, VariableValue]) -> dict[str, VariableValue]:
+    """Saved values by the paths of these variables, of which there may be another number of replicas.
+
+    What each replica has of its own is combined as TensorFlow does when it reads the whole variable: the sums or means
+    of metrics, and otherwise the value of the first replica.
+    """
+    here, there, found = _by_whole(variables), _by_whole(saved), dict(saved)
+    for whole in here.keys() & there.keys():
+        variable, values = plain(variables[here[whole][0]]), [saved[path].value for path in there[whole]]
+        if here[whole] == there[whole] or {_signature(value) for value in values} != {_signature(variable)}:
+            continue
+        first, is_sum = values[0], False
+        if variable.synchronization == tf.VariableSynchronization.ON_READ:
+            is_sum = variable.aggregation == tf.VariableAggregation.SUM
+            if is_sum or variable.aggregation == tf.VariableAggregation.MEAN:
+                combine = np.sum if is_sum else np.mean
+                first = combine(values, axis=0, dtype=values[0].dtype)
+        name = saved[there[whole][0]].name
+        for path in there[whole]:
+            del found[path]
+        for index, path in enumerate(here[whole]):
+            found[path] = VariableValue(name, np.zeros_like(first) if is_sum and index else first)
+    return found
+
+
+def _by_whole(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths of each variable, one for each replica, by that of the whole variable."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(_REPLICA.sub("", path), []).append(path)
+    return found
 
 
 def _signature(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab.compat import is_loader
+from looplab.compat import is_loader, of_one_replica
 from looplab.data import sources
 from looplab.data.arrays import is_arrays, leaves, to_arrays, unpack
 from looplab.data.iteration import Batches
@@ -80,7 +80,12 @@ def from_arguments(
     return dataclasses.replace(
         batches,
         start=start,
-        described={"signature": str(first.element_spec), **batches.described, "steps_per_epoch": batches.steps},
+        # That of one replica: a resumed run may have more of them, or fewer.
+        described={
+            "signature": str(tf.nest.map_structure(of_one_replica, first.element_spec)),
+            **batches.described,
+            "steps_per_epoch": batches.steps,
+        },
         element_spec=first.element_spec,
         unseeded=find_unseeded(plain) if isinstance(plain, tf.data.Dataset) else "",
     )

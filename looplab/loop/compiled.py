@@ -121,10 +121,14 @@ class Compiled:
 
         `tf.function` lets a step create variables, but not variables with a copy on each replica.
         """
+
+        def create(batch: Any) -> None:
+            self._step(batch)  # whose values may differ: the first replica starts without variables
+
         with releasable, temporary_graph().as_default():
             signature = tf.nest.map_structure(of_one_replica, self.element_spec)
             batch = tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), signature)
-            self._strategy.run(self._step, (batch,))
+            self._strategy.run(create, (batch,))
 
     def _whole_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
         """One step on all replicas: the number of examples, float64 means weighted by it, images, and the fault."""

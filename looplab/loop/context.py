@@ -11,8 +11,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab.compat import APPLYING, Hooks, first_reads, read_as
-from looplab.loop import fused
+from looplab.compat import APPLYING, LOSSES, REDUCE, REDUCE_VALUES, REPLICA_SCALES, Hooks, first_reads, read_as
+from looplab.loop import fused, replicas
 from looplab.loop.guard import Guard
 from looplab.loop.losses import Ledger
 from looplab.loop.metrics import StepMetrics
@@ -40,6 +40,8 @@ class Step:
         self.scalars: dict[str, tf.Tensor] = {}
         """By name, what the step logs in addition to what it returns."""
         self.images: dict[str, tf.Tensor] = {}
+        self.share: tuple[Any, Any] | None = None
+        """With several replicas, as `replicas.share` returns it."""
         self.rows: tf.Tensor | int = 1
         """How many examples this replica has; 1 where it may have none, because other replicas have some."""
         self.is_guarded = False
@@ -72,7 +74,7 @@ def running(step: Step) -> Iterator[Step]:
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
     """Lets running steps record what layers, metrics, losses and optimizers do; other threads are not affected."""
-    with _layers, _metrics, _losses, _optimizers:
+    with _layers, _metrics, _losses, _reductions, _optimizers:
         yield
 
 
@@ -104,6 +106,18 @@ def _call_loss(call: Callable[..., Any], loss: Any, y_true: Any, y_pred: Any, sa
     return call(loss, y_true, y_pred, sample_weight)
 
 
+def _reduce_values(reduce: Callable[..., Any], values: Any, **options: Any) -> Any:
+    step = current()
+    value = reduce(values, **options)
+    share = None if step is None else step.share
+    return value if share is None else replicas.weighed(value, share[0], reduce, values, **options)
+
+
+def _replica_scaled(scale: Callable[..., Any], loss: Any) -> Any:
+    """In a step, a loss is the mean over the replica's examples; how many replicas there are counts in the update."""
+    return scale(loss) if current() is None else loss
+
+
 def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
     step = current()
     if step is not None:
@@ -112,6 +126,10 @@ def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, trainable_vari
         step.trains(optimizer, trainable_variables)
         trains, step.trains = step.trains, None  # a `LossScaleOptimizer` applies another one
         try:
+            if step.share is not None:
+                grads = replicas.shared(grads, step.share[0])
+                with replicas.applying_whole(optimizer):
+                    return apply(optimizer, grads, trainable_variables)
             return apply(optimizer, grads, trainable_variables)
         finally:
             step.trains = trains
@@ -134,6 +152,10 @@ def _update_step(update: Callable[..., Any], optimizer: Any, gradient: Any, vari
             update(optimizer, gradient, variable, learning_rate)
 
 
+def _reduce(reduce: Callable[..., Any], optimizer: Any, gradients_and_variables: Any) -> Any:
+    return gradients_and_variables if replicas.is_whole(optimizer) else reduce(optimizer, gradients_and_variables)
+
+
 _layers = Hooks(keras.Layer, {"add_loss": _add_loss})
 _metrics = Hooks(
     keras.Metric,
@@ -141,4 +163,5 @@ _metrics = Hooks(
     subclasses=True,
 )
 _losses = Hooks(keras.Loss, {"__call__": _call_loss})
-_optimizers = Hooks(APPLYING, {"apply": _apply, "update_step": _update_step}, subclasses=True)
+_reductions = Hooks(LOSSES, {REDUCE_VALUES: _reduce_values, **dict.fromkeys(REPLICA_SCALES, _replica_scaled)})
+_optimizers = Hooks(APPLYING, {"apply": _apply, "update_step": _update_step, REDUCE: _reduce}, subclasses=True)

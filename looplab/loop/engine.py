@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import keras
 import tensorflow as tf
 
+from looplab import strategies
 from looplab.callbacks import hooked_to_batches
 from looplab.data.arrays import unpack
 from looplab.data.batches import Batches, from_arguments
@@ -64,19 +65,19 @@ class Engine:
     @classmethod
     def of(cls, trainer: Any, given: dict[str, Any], log_dir: Any, seed: int | None) -> Engine:
         """The engine of a trainer that gets these arguments; `given` are those of Keras's `compile`."""
+        strategy = strategies.running()  # raises an error before a model is compiled
         warnings = Warnings()
         objective = Objective(trainer.model, given, warnings)
         roots = {"metrics": objective.compiled} if objective.is_used else {}
-        runner = StepRunner(trainer, objective, Variables(trainer, roots), warnings)
+        runner = StepRunner(trainer, objective, Variables(trainer, roots), warnings, strategy)
         # Absolute, because the program may change its working directory.
         folder = RunFolder(None if log_dir is None else local_path("log_dir", log_dir).absolute())
+        is_seeded = seed is not None
         if seed is None:  # as `random` would give it now; what the program draws later does not depend on the trainer
             source = random.Random()
             source.setstate(random.getstate())
-            state = RunState(source.randint(1, 10**9))
-        else:
-            state = RunState(seed)
-        return cls(runner, state, folder, is_seeded=seed is not None)
+            seed = source.randint(1, 10**9)
+        return cls(runner, RunState(seed), folder, is_seeded)
 
     def batches(self, name: str, *data: Any, **options: Any) -> Batches:
         """The batches of data as users pass it: see `from_arguments`."""

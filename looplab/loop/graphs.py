@@ -8,6 +8,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import tensorflow as tf
@@ -137,7 +138,8 @@ class Copies:
         """Each variable, and its copy."""
         for variable in [] if function is None else written_variables(function):
             with tf.device(variable.device):
-                self.pairs.append((variable, tf.Variable(variable, trainable=False)))
+                # In the scope of a strategy, `tf.Variable` would create one for each replica.
+                self.pairs.append((variable, deepcopy(variable)))
         if self.pairs:
             handles = {id(variable.handle): copy.handle for variable, copy in self.pairs}
             function.set_external_captures([handles.get(id(one), one) for one in function.captured_inputs])

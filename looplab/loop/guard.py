@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.loop.graphs import written
+from looplab.loop.replicas import applying_whole
 from looplab.variables import of_each_replica, path_of, plain
 
 NO_ROWS = "the batch has no rows: filter empty ones out"
@@ -94,7 +96,7 @@ class Guard:
     @property
     def variables(self) -> list[tf.Variable]:
         """Its own; with replicas, those of each."""
-        return [*of_each_replica(self._fault).values()]
+        return [plain(part) for part in of_each_replica(self._fault).values()]
 
     def report(self, wrong: tf.Tensor, messages: Sequence[str], skippable: bool = False) -> None:
         """Records the first fault, if any: `wrong` is a vector of bools with a message for each."""
@@ -147,7 +149,8 @@ class Guard:
 
         Args:
             optimizer: One that is built, because the update runs in a branch, in which no variable can be created.
-            rows: How many examples this replica has, or 1 where it may have none.
+            gradients, loss: With several replicas, those of the whole batch.
+            rows: How many examples the batch has.
         """
         known = [(v, g) for v, g in zip(variables, gradients, strict=True) if g is not None]
         numbers = [tf.cast(g.values if isinstance(g, tf.IndexedSlices) else g, tf.float32) for _, g in known]
@@ -176,7 +179,9 @@ class Guard:
         def on_all(strategy: tf.distribute.Strategy, gradients: Any, sound: Any) -> None:
             # As in Keras's LossScaleOptimizer: from a branch inside one replica, nothing can be applied to all.
             def apply() -> None:
-                strategy.extended.call_for_each_replica(optimizer.apply, args=(gradients, variables))
+                several = strategy.num_replicas_in_sync > 1
+                with applying_whole(optimizer) if several else contextlib.nullcontext():
+                    strategy.extended.call_for_each_replica(optimizer.apply, args=(gradients, variables))
 
             refuse = report if strategy.num_replicas_in_sync == 1 else lambda: None
             with tf.name_scope(optimizer.name):

@@ -108,8 +108,6 @@ class Objective:
         given = {"loss": self.loss, "y": y, "sample_weight": sample_weight, "loss_weights": self.loss_weights}
         with self._inspecting(step, y), step_checks.structures(y_pred, **given):
             total = self._loss(y, y_pred, sample_weight)
-        # Keras divides a loss by the number of replicas; `minimize` does so for all losses, whatever they come from.
-        total *= tf.distribute.get_strategy().num_replicas_in_sync
         parts = self._parts(total)
         for name, value in parts.items():
             step.ledger.add(name, value)

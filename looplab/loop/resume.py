@@ -101,6 +101,9 @@ class Resume:
                     f"`resume`: the run in {self._engine.folder.path} has {name} {before.get(name)}, and now it is "
                     f"{value}. Pass what it was, or start another run in another `log_dir`."
                 )
+        had, has = snapshot.replicas(self.saved.snapshot.variables), self._engine.runner.strategy.num_replicas_in_sync
+        if had != has:
+            warn(f"`resume`: there were {had} replicas, and now {has}: the run continues, but not to the same bits.")
         for name, settings in now.made_with.items():
             old = then.made_with.get(name, {})
             for setting in {**old, **settings}:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.compat import converted, trained_by, with_rates
-from looplab.loop import context, plausible, step_checks
+from looplab.loop import context, plausible, replicas, step_checks
 from looplab.loop.graphs import creating_ahead
 from looplab.loop.guard import NO_ROWS, Guard
 from looplab.loop.metrics import BatchMetrics, Named, Source
@@ -74,14 +74,22 @@ class StepRunner:
         objective: Its loss and metrics.
         variables: What it holds.
         warnings: For what looks wrong but may be intended.
+        strategy: Where steps run.
     """
 
-    def __init__(self, trainer: Any, objective: Objective, variables: Variables, warnings: Warnings):
+    def __init__(
+        self,
+        trainer: Any,
+        objective: Objective,
+        variables: Variables,
+        warnings: Warnings,
+        strategy: tf.distribute.Strategy,
+    ):
         self.trainer = trainer
         self.objective = objective
         self.variables = variables
         self.warnings = warnings
-        self.strategy = tf.distribute.get_strategy()
+        self.strategy = strategy
         self.guard = Guard()
         self.eager_lock = threading.RLock()
         """Held while steps run eagerly, or read what they change: evaluations then use the variables themselves."""
@@ -119,6 +127,8 @@ class StepRunner:
             weight = 1 if known is None else known
             if self.strategy.num_replicas_in_sync == 1:
                 step.rows = weight
+            else:  # now, because TensorFlow runs the other replicas meanwhile, and calls of a model clear its `losses`
+                step.share = replicas.share(weight)
             if kind == "train" and self.class_weights is not None:
                 batch = self.class_weights.weigh(batch, plausible.targets_of(self.objective.loss), guard.report)
             returned = step_checks.step_logs(f"{kind}_step", converted(function)(batch))
@@ -129,6 +139,8 @@ class StepRunner:
             changed = guard.changed_otherwise(trainer.trainable_variables) if kind == "train" else []
             if changed:
                 losses = {n: value for n, value in values.items() if "loss" in n and value.dtype.is_floating}
+                if step.share is not None:  # a replica without examples has no loss
+                    losses = {n: replicas.counted(value, step.share[0]) for n, value in losses.items()}
                 guard.report_applied(losses, changed)
             if not step.is_guarded:
                 guard.report(tf.reshape(tf.equal(step.rows, 0), [1]), [NO_ROWS])

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from looplab import strategies
 from looplab.compat import all_layers, learning_rate, of_one_replica
 from looplab.data.batches import changes
 from looplab.data.randomness import random_operations
@@ -97,6 +98,8 @@ class Tracer:
             for trace in self._traces:
                 if trace.key == key and trace.element_spec == element_spec:
                     return trace.compiled
+            found, jit_compile = self._runner.variables.walk(), bool(trainer.jit_compile)
+            strategies.check(self._runner.strategy, found, kind == "train", jit_compile)
             self._warn_of_retraces(kind, element_spec)
             is_first = not self._traces
             try:

@@ -24,7 +24,9 @@ class Bare:
     def __init__(self, optimizer=None, loss=None, metrics=None, log_dir=None):
         warnings = Warnings()
         objective = Objective(None, {"optimizer": optimizer, "loss": loss, "metrics": metrics}, warnings)
-        runner = StepRunner(self, objective, Variables(self, {"metrics": objective.compiled}), warnings)
+        runner = StepRunner(
+            self, objective, Variables(self, {"metrics": objective.compiled}), warnings, tf.distribute.get_strategy()
+        )
         self._looplab = Engine(runner, RunState(seed=0), RunFolder(log_dir), is_seeded=True)
         self.model = None
         self.optimizer = objective.optimizer

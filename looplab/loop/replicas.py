@@ -1,0 +1,106 @@
+"""How the replicas of a step share a batch: each counts by its number of examples."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+_whole: Counter[int] = Counter()  # by the identity of an optimizer, in how many replicas it gets the gradients of all
+
+
+def share(examples: tf.Tensor | int) -> tuple[Any, Any]:
+    """The part of the batch's examples that this replica has, and how many the batch has.
+
+    Args:
+        examples: How many this replica has; if the graph fixes their number, all have as many.
+    """
+    context = tf.distribute.get_replica_context()
+    if isinstance(examples, int):
+        return 1 / context.num_replicas_in_sync, examples * context.num_replicas_in_sync
+    total = context.all_reduce(tf.distribute.ReduceOp.SUM, examples)
+    return tf.cast(examples, tf.float32) / tf.cast(tf.maximum(total, 1), tf.float32), total
+
+
+def weighed(value: tf.Tensor, part: Any, reduce: Callable[..., Any], values: Any, **options: Any) -> tf.Tensor:
+    """The reduced value of a loss on this replica, so that the mean over all examples is the value of the batch.
+
+    A sum is divided by this replica's part of the examples. A mean over what weights or a mask select counts by how
+    much they select here.
+
+    Args:
+        value: What Keras returns for the replica.
+        part: Of the examples, as `share` returns it.
+        reduce: Keras's function that reduces `values`, with the `options` weights, mask, reduction and dtype.
+    """
+    reduction, mask, weights = options["reduction"], options.get("mask"), options.get("sample_weight")
+    is_weighted = reduction == "mean_with_sample_weight"
+    if reduction in (None, "none"):
+        return value
+    if values.shape == (0,):  # which Keras does not reduce
+        value = tf.reduce_sum(value)
+    if reduction == "sum":
+        return tf.math.divide_no_nan(value, tf.cast(part, value.dtype))
+    if mask is None and (weights is None or not is_weighted):
+        return value
+    selecting = {**options, "reduction": "sum", "sample_weight": weights if is_weighted else None}
+    own = tf.cast(reduce(tf.ones_like(values), **selecting), tf.float32)
+    total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
+    return value * tf.cast(tf.math.divide_no_nan(own, total * part), value.dtype)
+
+
+def shared(gradients: Sequence[Any], part: Any) -> list[Any]:
+    """The gradients of the mean over the batch, from those of the mean over the examples of each replica."""
+
+    def scaled(gradient: Any) -> Any:
+        if isinstance(gradient, tf.IndexedSlices):
+            return tf.IndexedSlices(scaled(gradient.values), gradient.indices, gradient.dense_shape)
+        return None if gradient is None else gradient * tf.cast(part, gradient.dtype)
+
+    return added([scaled(gradient) for gradient in gradients], tf.zeros(()), part)[0]
+
+
+def added(gradients: Sequence[Any], loss: tf.Tensor, part: Any) -> tuple[list[Any], tf.Tensor]:
+    """The sums of gradients and of a loss over all replicas.
+
+    Args:
+        gradients: Those of this replica times its `part`; None where there is none.
+        loss: Of this replica.
+        part: Of the examples, as `share` returns it.
+    """
+    known = [counted(gradient, part) for gradient in gradients if gradient is not None]
+    own = counted(loss * tf.cast(part, loss.dtype), part)
+    *sums, loss = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, [*known, own])
+    rest = iter(sums)
+    return [None if gradient is None else next(rest) for gradient in gradients], loss
+
+
+def counted(value: Any, part: Any) -> Any:
+    """`value`, or zeros if this replica has no examples, of which it computes anything."""
+    if isinstance(value, tf.IndexedSlices):
+        return tf.IndexedSlices(counted(value.values, part), value.indices, value.dense_shape)
+    return tf.where(part > 0, value, tf.zeros_like(value)) if tf.is_tensor(part) else value
+
+
+@contextlib.contextmanager
+def applying_whole(optimizer: Any) -> Iterator[None]:
+    """Inside it, an optimizer gets the gradients of all replicas, so that it clips them as a whole.
+
+    Keras's optimizers add the gradients of the replicas up, after they have clipped those of each. They do so in
+    threads that TensorFlow starts, so the optimizer itself is marked.
+    """
+    parts = [optimizer, *getattr(optimizer, "optimizers", ())]
+    marked = {id(getattr(part, "inner_optimizer", part)) for part in parts}
+    _whole.update(marked)
+    try:
+        yield
+    finally:
+        _whole.subtract(marked)
+
+
+def is_whole(optimizer: Any) -> bool:
+    """Whether an optimizer gets the gradients of all replicas."""
+    return _whole[id(optimizer)] > 0

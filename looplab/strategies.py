@@ -1,0 +1,122 @@
+"""Which strategies of `tf.distribute` a trainer supports, and what it needs of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from looplab.variables import path_of
+from looplab.walk import VARIABLES, Held
+
+_DISTRIBUTING = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.TPUStrategy,
+    tf.distribute.experimental.TPUStrategy,
+)
+_WORKERS = "Several workers are not supported yet: use `tf.distribute.MirroredStrategy` on one machine"
+
+
+def running() -> tf.distribute.Strategy:
+    """The strategy in whose scope this is called.
+
+    Raises:
+        ValueError: No trainer can use it, or TF_CONFIG is that of one of several workers.
+    """
+    strategy = tf.distribute.get_strategy()
+    if tf.distribute.has_strategy() and not isinstance(strategy, (tf.distribute.OneDeviceStrategy, *_DISTRIBUTING)):
+        raise ValueError(
+            f"`{_name(strategy)}` is not supported: create the trainer in the scope of a "
+            f"`tf.distribute.MirroredStrategy`, or without a strategy."
+        )
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        workers = _number_of_workers(strategy.cluster_resolver.cluster_spec())
+        if workers > 1:
+            raise ValueError(f"`MultiWorkerMirroredStrategy` has {workers} workers. {_WORKERS}.")
+    elif (workers := _in_environment()) > 1:
+        raise ValueError(
+            f"The environment variable TF_CONFIG names {workers} workers, and each of them would train alone. "
+            f"{_WORKERS}, and unset TF_CONFIG."
+        )
+    return strategy
+
+
+def check(strategy: tf.distribute.Strategy, found: Iterable[Held], trains: bool, jit_compile: bool) -> None:
+    """Requires that what a trainer holds can be used with its strategy.
+
+    Args:
+        strategy: That of the trainer.
+        found: The stateful objects of the trainer.
+        trains: Whether optimizers are used.
+        jit_compile: Whether XLA compiles the steps.
+
+    Raises:
+        ValueError: Something was created in the scope of another strategy, or XLA or the accumulation of gradients
+            would get several replicas.
+    """
+    replicas = strategy.num_replicas_in_sync
+    if jit_compile and replicas > 1:
+        raise ValueError(
+            f"`jit_compile` is True, which TensorFlow supports on one device only; the trainer has {replicas}. Pass "
+            f"`jit_compile=False` to the trainer, or to the model's `compile`."
+        )
+    owner = strategy if isinstance(strategy, _DISTRIBUTING) else None
+    for held in found:
+        for variable in _changed_variables(held.thing):
+            whole = variable.value if isinstance(variable, keras.Variable) else variable
+            created_in = getattr(whole, "distribute_strategy", None)
+            if created_in is not owner:
+                raise ValueError(
+                    f"`{held.path}` was created {_scope(created_in)}, and the trainer {_scope(owner)}: see the "
+                    f"variable {path_of(variable)}. Create models, optimizers, metrics and the trainer in one "
+                    f"`with strategy.scope():` block."
+                )
+        optimizer = getattr(held.thing, "inner_optimizer", held.thing)
+        steps = getattr(optimizer, "gradient_accumulation_steps", None)
+        if trains and steps and replicas > 1 and isinstance(optimizer, keras.Optimizer):
+            raise ValueError(
+                f"`gradient_accumulation_steps` of `{held.path}` is {steps}, which Keras supports on one device only; "
+                f"the trainer has {replicas}. Use a larger batch, or train on one device."
+            )
+
+
+def _changed_variables(thing: Any) -> list[Any]:
+    """What training changes of a stateful object."""
+    if isinstance(thing, VARIABLES):
+        return [thing] if thing.trainable else []
+    if isinstance(thing, (keras.Optimizer, keras.Metric)):
+        return list(thing.variables)
+    return list(getattr(thing, "trainable_variables", []))
+
+
+def _in_environment() -> int:
+    """How many workers TF_CONFIG names, if this process is one of them."""
+    if not os.environ.get("TF_CONFIG"):
+        return 0
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    try:
+        spec, task = resolver.cluster_spec(), resolver.task_type
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"The environment variable TF_CONFIG is malformed: {error}. Correct or unset it.") from error
+    return 0 if task == "evaluator" else _number_of_workers(spec)  # which is alone by design
+
+
+def _number_of_workers(spec: tf.train.ClusterSpec) -> int:
+    return sum(spec.num_tasks(job) for job in ("chief", "worker") if job in spec.jobs)
+
+
+def _scope(strategy: tf.distribute.Strategy | None) -> str:
+    if strategy is None:
+        return "outside of any strategy's scope"
+    replicas = strategy.num_replicas_in_sync
+    return f"in the scope of a `{_name(strategy)}` of {replicas} replica{'' if replicas == 1 else 's'}"
+
+
+def _name(strategy: tf.distribute.Strategy) -> str:
+    """Its public name: those of classes may differ."""
+    names = [*vars(tf.distribute).items(), *vars(tf.distribute.experimental).items()]
+    return next((name for name, kind in names if type(strategy) is kind), type(strategy).__name__)
