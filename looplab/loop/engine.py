@@ -56,8 +56,7 @@ class Engine:
         self.tracer = Tracer(runner)
         self.costs = Costs()
         """Of the last call of `fit`."""
-        self.profile_steps: tuple[int, int] | None = None
-        """The first and the last training step to profile."""
+        self.profile_steps: tuple[int, int] | None = None  # the first and the last one
         self.on_batch: Any = None
         """Runs steps on single batches."""
         self.metrics = PassMetrics(runner)
