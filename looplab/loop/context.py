@@ -11,9 +11,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab.compat import APPLYING, LOSSES, REDUCE, REDUCE_VALUES, REPLICA_SCALES, Hooks, first_reads, read_as
+from looplab.compat import APPLYING, LOSSES, REDUCE, REDUCE_VALUES, REPLICA_SCALES, first_reads, read_as
 from looplab.loop import fused, replicas
 from looplab.loop.guard import Guard
+from looplab.loop.hooks import Hooks
 from looplab.loop.losses import Ledger
 from looplab.loop.metrics import StepMetrics
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from looplab.compat import EAGER_VARIABLE, Hooks, converting_users_code, read_only_inputs
+from looplab.compat import EAGER_VARIABLE, converting_users_code, read_only_inputs
+from looplab.loop.hooks import Hooks
 from looplab.variables import plain
 
 _READING = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape")
