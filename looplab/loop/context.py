@@ -53,7 +53,7 @@ class Step:
         """Maps a Keras loss, its target, output and weight to the target and the weight that the loss gets."""
         self.is_fused = False
         """Whether TensorFlow's fused kernels update large variables."""
-        self.shared: tuple[tf.Graph, Any] | None = None
+        self.reads: tuple[tf.Graph, Any] | None = None
         """The graph that the running optimizer is traced in, and what all its updates read there."""
 
 
@@ -122,7 +122,7 @@ def _replica_scaled(scale: Callable[..., Any], loss: Any) -> Any:
 def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
     step = current()
     if step is not None:
-        step.shared = None
+        step.reads = None
     if step is not None and step.trains is not None:
         step.trains(optimizer, trainable_variables)
         trains, step.trains = step.trains, None  # a `LossScaleOptimizer` applies another one
@@ -146,9 +146,9 @@ def _update_step(update: Callable[..., Any], optimizer: Any, gradient: Any, vari
     step, graph = current(), tf.compat.v1.get_default_graph()
     if step is None or tf.executing_eagerly():
         return update(optimizer, gradient, variable, learning_rate)
-    if step.shared is None or step.shared[0] is not graph:
-        step.shared = graph, first_reads(optimizer.iterations, learning_rate)
-    with read_as(step.shared[1]):
+    if step.reads is None or step.reads[0] is not graph:
+        step.reads = graph, first_reads(optimizer.iterations, learning_rate)
+    with read_as(step.reads[1]):
         if not (step.is_fused and fused.updates(optimizer, gradient, variable, learning_rate)):
             update(optimizer, gradient, variable, learning_rate)
 
