@@ -145,11 +145,10 @@ def shuffled(size: int, seed: int, number: Any) -> tf.Tensor:
 def rows_of(order: tf.Tensor, batch: tf.Tensor, batch_size: Any, rows: int | None = None) -> tf.Tensor:
     """The rows of a batch of a pass with this order; `rows` is their number, if it must be fixed."""
     first, size = tf.cast(batch, tf.int64), tf.cast(batch_size, tf.int64)
-    return (
-        order[first * size : (first + 1) * size]
-        if rows is None
-        else tf.gather(order, first * size + tf.range(rows, dtype=tf.int64))
-    )
+    if rows is None:
+        return order[first * size : (first + 1) * size]
+    # A slice would need a fixed start as well: XLA would compile a program for each batch.
+    return tf.gather(order, first * size + tf.range(rows, dtype=tf.int64))
 
 
 def gather(layout: Any, tensors: list[Any], rows: tf.Tensor) -> Any:

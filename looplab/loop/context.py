@@ -17,6 +17,7 @@ from looplab.loop.guard import Guard
 from looplab.loop.hooks import Hooks
 from looplab.loop.losses import Ledger
 from looplab.loop.metrics import StepMetrics
+from looplab.loop.weights import align
 
 _thread = threading.local()  # .step: with several replicas, each runs its step in a thread of its own
 
@@ -51,6 +52,8 @@ class Step:
         """Called with each optimizer that the step applies, and the variables that it changes, before it does."""
         self.inspect: Callable[[Any, Any, Any, Any], tuple[Any, Any]] | None = None
         """Maps a Keras loss, its target, output and weight to the target and the weight that the loss gets."""
+        self.loss_values = ""
+        """What errors call the values of a loss whose sample weights looplab aligns; "" if it aligns none."""
         self.is_fused = False
         """Whether TensorFlow's fused kernels update large variables."""
         self.reads: tuple[tf.Graph, Any] | None = None
@@ -109,6 +112,8 @@ def _call_loss(call: Callable[..., Any], loss: Any, y_true: Any, y_pred: Any, sa
 
 def _reduce_values(reduce: Callable[..., Any], values: Any, **options: Any) -> Any:
     step = current()
+    if step is not None and step.loss_values and options.get("sample_weight") is not None:
+        options["sample_weight"] = align(options["sample_weight"], values.shape, step.loss_values)
     value = reduce(values, **options)
     share = None if step is None else step.share
     return value if share is None else replicas.weighed(value, share[0], reduce, values, **options)

@@ -161,9 +161,8 @@ class Guard:
         if self._has_reports:
             sound &= tf.equal(self.fault(), 0)
 
-        @tf.function(
-            autograph=False, experimental_attributes={"_noinline": True}
-        )  # one operation, in a branch that is rarely taken
+        # Not inlined: one operation, in a branch that is rarely taken.
+        @tf.function(autograph=False, experimental_attributes={"_noinline": True})
         def report() -> None:
             messages = [NO_ROWS, "the loss is not finite"]
             messages += [f"the gradient of {path_of(v)} is not finite, or overflows when squared" for v, _ in known]

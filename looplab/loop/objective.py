@@ -18,7 +18,6 @@ from looplab.keras_models import compiled_model, compiled_with, overrides
 from looplab.loop import plausible, step_checks
 from looplab.loop.context import Step
 from looplab.loop.graphs import creating_ahead
-from looplab.loop.weights import align
 from looplab.warn import Warnings, warn
 
 LOSS_PART = "loss/"
@@ -128,15 +127,14 @@ class Objective:
                 warnings.filterwarnings("ignore", ".*received `from_logits=True`")
                 yield
         finally:
-            step.inspect = None
+            step.inspect, step.loss_values = None, ""
 
     def _inspect(self, step: Step, y: Any, loss: Any, target: Any, output: Any, weight: Any) -> tuple[Any, Any]:
         """Checks a loss with its target, output and weight; returns the target and weight that the loss gets."""
         if weight is not None:
             leaves = tf.nest.flatten(weight)
             weight = leaves[0] if len(leaves) == 1 else weight  # a list of one, like y
-            values = f"the values of `loss` {getattr(loss, 'name', '')} of y of shape {target.shape}"
-            weight = align(weight, _values_shape(loss, target, output), values)
+            step.loss_values = f"the values of `loss` {getattr(loss, 'name', '')} of y of shape {target.shape}"
         if isinstance(target, tf.Tensor) and isinstance(output, tf.Tensor):
             if target.shape.rank and output.shape.rank and output.shape[0] is not None:
                 # The batch may have any size, but the outputs have a fixed one, such as that of a model's state.
@@ -243,14 +241,3 @@ class Objective:
             self._doubts.add(
                 "The outputs are all from 0 to 1, but the targets are not: scale them, such as images by 1/255."
             )
-
-
-def _values_shape(loss: keras.Loss, target: Any, output: Any) -> tf.TensorShape:
-    """The shape of a loss's values before they are reduced; unknown if `loss` raises an error, as it will again."""
-    try:
-        if tf.executing_eagerly():
-            return tf.convert_to_tensor(loss.call(target, output)).shape
-        specs = [tf.TensorSpec(part.shape, loss.dtype) for part in (target, output)]
-        return tf.function(loss.call).get_concrete_function(*specs).output_shapes
-    except Exception:
-        return tf.TensorShape(None)
