@@ -434,3 +434,55 @@ def test_xla_is_an_error_on_several_devices(line, two_devices):
         trainer = dense(jit_compile=True)
     with pytest.raises(ValueError, match="`jit_compile` is True, which TensorFlow supports on one device only"):
         trainer.fit(*line, verbose=0)
+
+
+class Noisy(looplab.Trainer):
+    """Draws from the trainer's generator, for a dropout mask, and in an inner `tf.function`."""
+
+    def __init__(self, **options):
+        super().__init__(keras.Sequential([keras.Input((4,)), layers.Dense(1)]), seed=0, **options)
+        self.drop = layers.Dropout(0.5, seed=1)
+        on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
+        self.seen = tf.Variable(tf.zeros((2, 44)), trainable=False, **on_read)
+
+    @tf.function
+    def normal(self):
+        return keras.random.normal((2,), seed=self.seed_generator)
+
+    def drawn(self):
+        kept = self.drop(tf.ones((40,)), training=True)
+        return tf.concat([keras.random.normal((2,), seed=self.seed_generator), self.normal(), kept], 0)
+
+    def train_step(self, batch):
+        own = tf.one_hot(tf.distribute.get_replica_context().replica_id_in_sync_group, 2)
+        self.seen.assign(own[:, None] * self.drawn())
+        return {"loss": tf.reduce_mean(self(batch))}
+
+    def test_step(self, batch):
+        return {"drawn": tf.reduce_mean(self.drawn())}
+
+    def predict_step(self, batch):
+        return self.drawn() + tf.zeros_like(batch)[:, :1]
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_each_replica_draws_numbers_of_its_own(line, two_devices, run_eagerly):
+    """From one seed; and the generators stay equal, so that the number of replicas may change."""
+    found = []
+    for _ in range(2):
+        with two_devices.scope():
+            trainer = Noisy(run_eagerly=run_eagerly)
+        trainer.fit(line[0], batch_size=20, verbose=0)
+        found.append(
+            (trainer.seen.numpy(), trainer.predict(line[0][:2], verbose=0), trainer.evaluate(line[0], verbose=0))
+        )
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_equal(other, one)
+    for first, second in (found[0][0], found[0][1]):
+        assert not np.isin(first[:4], second[:4]).any()
+        assert set(first[4:]) == set(second[4:]) == {0, 2}
+        assert 8 <= np.sum(first[4:] != second[4:]) <= 32  # of 40
+    for variable in (trainer.seed_generator.state, trainer.drop.seed_generator.state):
+        one, other = (part.numpy().tolist() for part in variable.value.values)
+        assert one == other
+        assert one[1] >= 5

@@ -78,7 +78,7 @@ def running(step: Step) -> Iterator[Step]:
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
     """Lets running steps record what layers, metrics, losses and optimizers do; other threads are not affected."""
-    with _layers, _metrics, _losses, _reductions, _optimizers:
+    with _layers, _metrics, _losses, _reductions, _optimizers, drawing:
         yield
 
 
@@ -162,6 +162,15 @@ def _reduce(reduce: Callable[..., Any], optimizer: Any, gradients_and_variables:
     return gradients_and_variables if replicas.is_whole(optimizer) else reduce(optimizer, gradients_and_variables)
 
 
+def _next(
+    draw: Callable[..., tf.Tensor], generator: keras.random.SeedGenerator, *args: Any, **kwargs: Any
+) -> tf.Tensor:
+    seed = draw(generator, *args, **kwargs)
+    return seed if current() is None else replicas.own_seed(seed)
+
+
+drawing = Hooks(keras.random.SeedGenerator, {"next": _next})
+"""Inside it, each replica that runs a step draws random numbers of its own."""
 _layers = Hooks(keras.Layer, {"add_loss": _add_loss})
 _metrics = Hooks(
     keras.Metric,

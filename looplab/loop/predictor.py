@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from looplab.loop.call_logs import CallLogs
+from looplab.loop.context import drawing
 from looplab.loop.graphs import Copies, trace
 from looplab.loop.step import Meaning
 
@@ -39,7 +40,8 @@ class Predictor:
         def whole_step(batch: Any) -> Any:
             return strategy.run(step, (batch,))
 
-        self._call = whole_step if run_eagerly else trace(whole_step, element_spec, jit_compile=jit_compile)
+        with drawing:
+            self._call = whole_step if run_eagerly else trace(whole_step, element_spec, jit_compile=jit_compile)
         self.copies = Copies(None if run_eagerly else self._call)
 
     def __call__(self, iterator: Any, *_: int) -> CallLogs:
@@ -47,5 +49,6 @@ class Predictor:
         batch = iterator.get_next_as_optional()
         if not batch.has_value():
             return CallLogs(0, np.zeros(0), {}, [], np.zeros(0, int), batch)
-        outputs = self._call(batch.get_value())
+        with drawing:
+            outputs = self._call(batch.get_value())
         return CallLogs(1, np.ones(1), {}, [], np.zeros(1, int), batch, outputs)

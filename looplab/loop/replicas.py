@@ -1,4 +1,4 @@
-"""How the replicas of a step share a batch: each counts by its number of examples."""
+"""How the replicas of a step share a batch: each counts by its number of examples, and draws its own numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+_APART = 0x9E3779B1  # odd and large: seeds of people differ by less
 _whole: Counter[int] = Counter()  # by the identity of an optimizer, in how many replicas it gets the gradients of all
 
 
@@ -83,6 +84,17 @@ def counted(value: Any, part: Any) -> Any:
     if isinstance(value, tf.IndexedSlices):
         return tf.IndexedSlices(counted(value.values, part), value.indices, value.dense_shape)
     return tf.where(part > 0, value, tf.zeros_like(value)) if tf.is_tensor(part) else value
+
+
+def own_seed(seed: tf.Tensor) -> tf.Tensor:
+    """The seed of this replica's random numbers, from one that all replicas draw, of shape (2,).
+
+    The state of the generator stays equal on all of them, so that a run can resume on another number of replicas.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return seed
+    return seed + tf.cast(context.replica_id_in_sync_group, seed.dtype) * tf.constant([_APART, 0], seed.dtype)
 
 
 @contextlib.contextmanager
