@@ -59,7 +59,7 @@ def test_a_last_batch_may_leave_a_replica_without_rows(line, two_devices):
 
 
 def test_two_replicas_resume_to_the_same_bits(line, two_devices):
-    x, y = (part[:40] for part in line)  # no replica without rows, of which batch normalisation makes NaN
+    x, y = (part[:25] for part in line)  # one replica has no rows of the last batch
 
     def build(**options):
         with two_devices.scope():
@@ -352,13 +352,15 @@ class OwnStep(keras.Model):
         return {"loss": loss}
 
 
-def assert_replicas_equal_one_device(two_devices, create, *data, **options):
-    """Trains on one device and on two; weights and history must be equal but for rounding."""
-    found = []
+def assert_replicas_equal_one_device(two_devices, create, *data, run_eagerly=False, **options):
+    """Trains on one device and on two; weights and history must be equal but for rounding. Returns both trainers."""
+    found, trainers = [], []
     for scope in (contextlib.nullcontext(), two_devices.scope()):
         keras.utils.set_random_seed(0)
         with scope:
             trainer = create()
+        trainer.run_eagerly = run_eagerly
+        trainers.append(trainer)
         history = trainer.fit(*data, batch_size=24, epochs=4, verbose=0, **options).history
         found.append((history, np.concatenate([weight.ravel() for weight in trainer.get_weights()])))
     (expected, weights), (history, others) = found
@@ -366,6 +368,7 @@ def assert_replicas_equal_one_device(two_devices, create, *data, **options):
     for name, values in expected.items():
         np.testing.assert_allclose(history[name], values, rtol=2e-5, err_msg=name)
     np.testing.assert_allclose(others, weights, atol=2e-6)
+    return trainers
 
 
 def regression(kind=looplab.Trainer, **options):
@@ -486,3 +489,74 @@ def test_each_replica_draws_numbers_of_its_own(line, two_devices, run_eagerly):
         one, other = (part.numpy().tolist() for part in variable.value.values)
         assert one == other
         assert one[1] >= 5
+
+
+class Tracking(looplab.Trainer):
+    """Has a mean of the loss and a moving mean of the inputs, as published steps do."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.mean = keras.metrics.Mean("mean")
+        self.center = tf.Variable(tf.zeros(4), trainable=False)
+
+    def train_step(self, batch):
+        x, y = batch[:2]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x - self.center, training=True) - y))
+        self.minimize(tape, loss)
+        self.mean.update_state(loss)
+        self.center.assign(0.9 * self.center + 0.1 * tf.reduce_mean(x, 0))
+        return {"loss": self.mean.result()}
+
+    def test_step(self, batch):
+        self.mean.update_state(tf.reduce_mean(tf.square(self(batch[0] - self.center) - batch[1])))
+        return {"loss": self.mean.result()}
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_means_that_a_step_updates_count_by_rows(line, two_devices, run_eagerly):
+    """Also of a batch of 1 row, of which the mean on the other replica is NaN."""
+    x, y = (part[:73] for part in line)
+    create = regression(Tracking, optimizer=lambda: keras.optimizers.SGD(0.05))
+    one, two = assert_replicas_equal_one_device(
+        two_devices, create, x, y, validation_data=(x, y), run_eagerly=run_eagerly
+    )
+    for part in two.center.values:
+        np.testing.assert_allclose(part, one.center, rtol=2e-6)
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_moving_statistics_are_those_of_all_rows(line, two_devices, lazily):
+    """Of batches of 24, 24 and 1 rows, of which a replica has none: as by hand, and equal on all replicas."""
+    x, y = (part[:49] for part in line)
+    with two_devices.scope():
+        norm = layers.BatchNormalization(momentum=0.9)
+        frozen = layers.BatchNormalization(trainable=False)
+        inputs = [] if lazily else [keras.Input((4,))]
+        trainer = looplab.Trainer(
+            keras.Sequential([*inputs, norm, frozen, layers.Dense(1)]), optimizer="sgd", loss="mse"
+        )
+    trainer.build(x, y)
+    frozen.moving_mean.assign([0.1, 0.2, 0.3, 0.4])
+    trainer.fit(x, y, batch_size=24, shuffle=False, verbose=0)
+    mean, variance = np.zeros(4), np.ones(4)
+    for batch, shares in ((x[:24], 2), (x[24:48], 2), (x[48:], 1)):
+        mean = 0.9 * mean + 0.1 * batch.mean(0)
+        variance = 0.9 * variance + 0.1 * np.mean([part.var(0) for part in np.split(batch, shares)], 0)
+    for index in range(2):
+        np.testing.assert_allclose(norm.moving_mean.value.values[index], mean, rtol=1e-5)
+        np.testing.assert_allclose(norm.moving_variance.value.values[index], variance, rtol=1e-5)
+        assert frozen.moving_mean.value.values[index].numpy().tolist() == frozen.moving_mean.numpy().tolist()
+    np.testing.assert_equal(frozen.moving_mean.numpy(), np.float32([0.1, 0.2, 0.3, 0.4]))
+    assert np.isfinite(trainer.predict(x, verbose=0)).all()
+
+
+def test_synchronized_normalization_is_that_of_one_device(line, two_devices):
+    def create():
+        inner = [layers.BatchNormalization(synchronized=True), layers.Dense(8, "tanh")]
+        inner += [layers.BatchNormalization(synchronized=True), layers.Dense(1)]
+        net = keras.Sequential([keras.Input((4,)), *inner])
+        return looplab.Trainer(net, optimizer=keras.optimizers.SGD(0.05), loss="mse", seed=0)
+
+    x, y = (part[:73] for part in line)
+    assert_replicas_equal_one_device(two_devices, create, x, y, validation_data=(x, y))

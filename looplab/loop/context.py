@@ -89,7 +89,10 @@ def _add_loss(add_loss: Callable[..., None], layer: keras.Layer, loss: Any) -> N
 
 
 def _update_state(update_state: Callable[..., Any], metric: keras.Metric, *args: Any, **kwargs: Any) -> Any:
-    step, update = current(), functools.partial(update_state, metric, *args, **kwargs)
+    step = current()
+    if step is not None and step.share is not None and replicas.is_mean_of_rows(metric, args, kwargs):
+        kwargs = {"sample_weight": step.share[0]}
+    update = functools.partial(update_state, metric, *args, **kwargs)
     return update() if step is None or step.metrics is None else step.metrics.update(metric, update)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
+
+from looplab.variables import plain
 
 _APART = 0x9E3779B1  # odd and large: seeds of people differ by less
 _whole: Counter[int] = Counter()  # by the identity of an optimizer, in how many replicas it gets the gradients of all
@@ -84,6 +87,60 @@ def counted(value: Any, part: Any) -> Any:
     if isinstance(value, tf.IndexedSlices):
         return tf.IndexedSlices(counted(value.values, part), value.indices, value.dense_shape)
     return tf.where(part > 0, value, tf.zeros_like(value)) if tf.is_tensor(part) else value
+
+
+def is_mean_of_rows(metric: keras.Metric, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a metric is updated with one number of a replica, such as its loss, which must count by its part."""
+    is_plain = type(metric) is keras.metrics.Mean and len(args) == 1 and not kwargs
+    return is_plain and tf.convert_to_tensor(args[0]).shape.rank == 0
+
+
+def own(variables: Iterable[Any]) -> list[Any]:
+    """Those that each replica changes on its own and no gradient does: moving statistics, sums of metrics, states.
+
+    Only those of floating dtypes, which may become NaN.
+    """
+    wholes = ((variable, plain(variable)) for variable in variables)
+    changeable = [(v, one) for v, one in wholes if isinstance(one, tf.distribute.DistributedValues)]
+    return [variable for variable, one in changeable if not one.trainable and one.dtype.is_floating]
+
+
+def settle(
+    changed: Iterable[Any], before: Mapping[int, tf.Tensor], weights: Collection[int], rows: Any, total: Any
+) -> None:
+    """Ends the changes that a step made to variables on each replica.
+
+    A weight, such as a moving mean, becomes the mean over all replicas by their rows, which is what one device computes
+    from a mean over rows; Keras would let those of the replicas drift apart. What belongs to the replica, such as the
+    sums of a metric, becomes what it was if the replica has no examples, of which the step computes NaN.
+
+    Args:
+        changed: The variables, the same on all replicas.
+        before: By identity, their values before the step; those that the step created have none.
+        weights: The identities of those that are weights.
+        rows, total: How many examples this replica has, and how many all have.
+    """
+    wholes, parts = [], []
+    for variable in changed:
+        kind = plain(variable)
+        if kind.synchronization == tf.VariableSynchronization.ON_READ or id(variable) not in weights:
+            parts.append(variable)
+        elif kind.aggregation == tf.VariableAggregation.NONE:
+            wholes.append(variable)
+    if wholes:
+        # In float64, the mean of equal numbers is that number.
+        sums = [counted(tf.cast(variable, tf.float64) * tf.cast(rows, tf.float64), rows) for variable in wholes]
+        sums = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sums)
+        for variable, value in zip(wholes, sums, strict=True):
+            variable.assign(tf.cast(value / tf.cast(total, tf.float64), variable.dtype))
+
+    def undo() -> None:
+        for variable in parts:
+            if id(variable) in before:
+                variable.assign(before[id(variable)])
+
+    if tf.is_tensor(rows):
+        tf.cond(rows > 0, lambda: None, undo)
 
 
 def own_seed(seed: tf.Tensor) -> tf.Tensor:

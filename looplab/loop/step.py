@@ -129,6 +129,7 @@ class StepRunner:
                 step.rows = weight
             else:  # now, because TensorFlow runs the other replicas meanwhile, and calls of a model clear its `losses`
                 step.share = replicas.share(weight)
+                before = {id(one): tf.convert_to_tensor(one) for one in replicas.own(self.variables.held())}
             if kind == "train" and self.class_weights is not None:
                 batch = self.class_weights.weigh(batch, plausible.targets_of(self.objective.loss), guard.report)
             returned = step_checks.step_logs(f"{kind}_step", converted(function)(batch))
@@ -136,6 +137,8 @@ class StepRunner:
             named, parts = self._named(step, returned, rates)
             values = {n: step_checks.scalar(f"`{kind}_step` returned", n, value) for n, value, *_ in named}
             self.variables.adopt("metrics", metrics.updated[kind])
+            if step.share is not None:
+                self._settle(before, weight, step.share[1])
             changed = guard.changed_otherwise(trainer.trainable_variables) if kind == "train" else []
             if changed:
                 losses = {n: value for n, value in values.items() if "loss" in n and value.dtype.is_floating}
@@ -188,6 +191,11 @@ class StepRunner:
                 f"looplab trains {', '.join(names)}, which Keras 3 would not: a `tf.Variable` that is an attribute and "
                 f"receives a gradient. To keep one constant, create it with trainable=False."
             )
+
+    def _settle(self, before: dict[int, tf.Tensor], rows: Any, total: Any) -> None:
+        """Ends what a step on one of several replicas did to variables, which had these values by identity."""
+        changed = self.guard.changed_otherwise(replicas.own(self.variables.held()))
+        replicas.settle(changed, before, {*map(id, self.variables.weights())}, rows, total)
 
     def _named(
         self, step: context.Step, returned: dict[str, Any], rates: Iterable[str]
