@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -54,8 +55,7 @@ class Engine:
         self.folder = folder
         self.is_seeded = is_seeded
         self.tracer = Tracer(runner)
-        self.costs = Costs()
-        """Of the last call of `fit`."""
+        self.costs = Costs()  # of the last call of `fit`
         self.profile_steps: tuple[int, int] | None = None  # the first and the last one
         self.on_batch: Any = None
         """Runs steps on single batches."""
@@ -88,7 +88,7 @@ class Engine:
         batches: Batches,
         progress: Progress,
         callbacks: keras.callbacks.CallbackList,
-        iterator: Any = None,
+        iterate: Callable[[], Any] | None = None,
         folder: str | None = None,
         between: Callable[[int], int | None] = lambda done: None,
         take_outputs: Callable[[Any, Any], Any] = lambda batch, outputs: None,
@@ -100,7 +100,7 @@ class Engine:
             batches: The data.
             progress: Is advanced.
             callbacks: Their hooks for batches are called for each step, once the graph call has returned.
-            iterator: Of `batches`; by default a new one.
+            iterate: Returns the iterator of `batches` to read; by default a new one.
             folder: That of the event file for the values of each step; None writes none.
             between: Called before the first graph call and after each, with the number of batches done; returns
                 how many steps the next call may run, or None for any number.
@@ -113,8 +113,8 @@ class Engine:
             Fault: A step had a fault; everything before it is counted and written.
             ValueError: The data has no batch.
         """
-        iterator = batches.iterate(0) if iterator is None else iterator
-        step = self.tracer.compiled(kind, iterator.element_spec)
+        held = [batches.iterate(0) if iterate is None else iterate()]
+        step = self.tracer.compiled(kind, held[0].element_spec)
         hooks = hooked_to_batches(callbacks.callbacks, kind)
         may_freeze = any(not getattr(hook, "stateless", False) for hook in hooks)
         pace = Pace(1 if kind == "predict" else self._pace(hooks), start=step.pace)
@@ -129,9 +129,8 @@ class Engine:
                     _begin_batch(kind, hooks, done)
             if may_freeze and not step.eager:
                 step = self.tracer.compiled(kind, step.element_spec)
-
             started = time.time()
-            logs, sound, stops = self.advance(kind, step, iterator, asked, progress, folder)
+            logs, sound, stops = self.advance(kind, step, held[0], asked, progress, folder)
             pace.took(logs.done, time.time() - started)
             step.pace = pace.steps
             if logs.outputs is not None:
@@ -148,6 +147,8 @@ class Engine:
                 warn(f"The data ended after {progress.batches} of {batches.steps} batches.")
             most = between(progress.batches)
 
+        # In a thread, because an iterator that ends may wait for one of its own threads, for tenths of a second.
+        threading.Thread(target=held.clear).start()
         if skipped:
             warn(f"{skipped} of {progress.batches} steps were skipped: their loss or gradients were not finite.")
         if not progress.batches:
@@ -240,8 +241,7 @@ class Engine:
         """Whether a pass has reached its end."""
         if progress.ended or (batches.steps is not None and progress.batches >= batches.steps):
             return True
-        stops = getattr(self.runner.trainer, _STOPS[kind], False)
-        return bool(stops) and progress.batches > 0  # as in Keras, after a first call
+        return progress.batches > 0 and bool(getattr(self.runner.trainer, _STOPS[kind], False))  # as in Keras
 
     def _pace(self, hooks: Sequence[keras.callbacks.Callback]) -> int | str:
         trainer = self.runner.trainer

@@ -48,6 +48,7 @@ class Fit:
     verbose: int | str
     resume: Resume
     """Where to save, and what to restore."""
+    _iterator: Any = None  # that continues in the next epoch
 
     def run(self) -> keras.callbacks.History:
         """Trains, and returns the history."""
@@ -96,7 +97,6 @@ class Fit:
             state.in_epoch, trainer.stop_training, state.progress = False, False, Progress()
             engine.folder.take(resumes=self.resume.newest is not None)
             saving.start()  # restores after `on_train_begin`, in which callbacks reset themselves
-            iterator: Any = None
             has_ended = False  # data that cannot be read again
             while state.epoch < self.epochs and not has_ended and (state.in_epoch or not trainer.stop_training):
                 if not state.in_epoch:  # else the epoch has started before the checkpoint that was resumed
@@ -105,7 +105,7 @@ class Fit:
                         callbacks.on_epoch_begin(state.epoch)
                     state.in_epoch = True
                 try:
-                    iterator, logs, parts = self._read(iterator, callbacks, saving, between)
+                    logs, parts = self._read(callbacks, saving, between)
                 except NoBatchError:  # known only now, if the epoch before has read the last batch
                     if not self.train.continues or state.epoch == self.first_epoch:
                         raise
@@ -151,21 +151,21 @@ class Fit:
         return min((number for number in left if number is not None), default=None)
 
     def _read(
-        self,
-        iterator: Any,
-        callbacks: keras.callbacks.CallbackList,
-        saving: Saving,
-        between: Callable[[int], int | None],
-    ) -> tuple[Any, dict[str, float], dict[str, float]]:
-        """Trains for the rest of the running epoch: the iterator, and the values that `Engine.run` returns."""
+        self, callbacks: keras.callbacks.CallbackList, saving: Saving, between: Callable[[int], int | None]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Trains for the rest of the running epoch: what `Engine.run` returns."""
         state = self.engine.state
-        with self.train.reading():
-            if iterator is None or not self.train.continues:
+
+        def iterate() -> Any:
+            iterator = self._iterator
+            if iterator is None:
                 saving.starts = self.train.starts
                 iterator = self.train.iterate(state.epochs, state.progress.batches)
-            return iterator, *self.engine.run(
-                "train", self.train, state.progress, callbacks, iterator, "train", between
-            )
+                self._iterator = iterator if self.train.continues else None
+            return iterator
+
+        with self.train.reading():
+            return self.engine.run("train", self.train, state.progress, callbacks, iterate, "train", between)
 
     def _warn_if_ended(self, has_ended: bool) -> None:
         epoch = self.engine.state.epoch

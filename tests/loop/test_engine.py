@@ -69,7 +69,7 @@ def test_a_pass_continues_where_it_is_and_may_be_cut_into_calls(bare):
 
     trainer.steps_per_execution = 9
     rest = batches(trainer.engine).iterate(0, 1)
-    results, _, progress = run(trainer, progress=Progress(batches=1), iterator=rest, between=between)
+    results, _, progress = run(trainer, progress=Progress(batches=1), iterate=lambda: rest, between=between)
     assert asked == [1, 2, 3]
     assert (progress.batches, trainer.engine.state.steps) == (3, 2)
     assert results["loss"] == pytest.approx(X[4:].mean())
