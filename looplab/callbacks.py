@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +149,18 @@ def with_bar(trainer: Any, callbacks: Any, steps: int | None, verbose: int | str
     """The callbacks of an evaluation or a prediction, with a progress bar unless `verbose` is 0."""
     bar = [ProgressBar()] if verbose else []
     return keras.callbacks.CallbackList([*checks.callbacks(callbacks), *bar], model=trainer, steps=steps)
+
+
+def begin_batch(kind: str, hooks: Sequence[Any], number: int) -> None:
+    """Calls the hooks for the start of a step."""
+    for hook in hooks:
+        getattr(hook, f"on_{kind}_batch_begin")(number, logs={})
+
+
+def end_batches(kind: str, hooks: Sequence[Any], shown: list[dict[str, Any]], first: int, starts: bool) -> None:
+    """Calls the hooks for each step that a graph call ran, with the values of that step."""
+    for index, values in enumerate(shown):
+        for hook in hooks:
+            if starts:
+                getattr(hook, f"on_{kind}_batch_begin")(first + index, logs={})
+            getattr(hook, f"on_{kind}_batch_end")(first + index, logs=values)

@@ -164,14 +164,17 @@ def named(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def unseeded(what: str, resumes: bool) -> None:
-    """Warns of a random dataset that cannot be restored; raises an error if a run resumes with it."""
+def unseeded(what: str, resumes: bool, workers: int) -> None:
+    """Warns of a random dataset that cannot be restored; raises an error if a run resumes or workers share it."""
+    effect = "a resumed training sees other batches than one that was never interrupted"
+    if workers > 1:
+        effect = f"the {workers} workers, which each read a part of it, would see some examples twice and others never"
     text = (
-        f"`x` has {what}, so a resumed training sees other batches than one that was never interrupted. Pass a seed, "
+        f"`x` has {what}, so {effect}. Pass a seed, "
         f"such as `dataset.shuffle(1000, seed=0)`; augment examples within the step, or with `tf.random.stateless_...` "
         f"and a seed from the data."
     )
-    if resumes:
+    if resumes or workers > 1:
         raise ValueError(text)
     warn(text)
 

@@ -217,6 +217,13 @@ def dataset_function(dataset: tf.data.Dataset) -> Any:
     return getattr(getattr(dataset, "_map_func", None), "function", None)
 
 
+def operation_types(graph: tf.Graph) -> set[str]:
+    """The types of all operations of a graph, with those of the functions that it calls."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return {node.op for node in nodes}
+
+
 def draws_anew(dataset: tf.data.Dataset) -> bool:
     """Whether this dataset itself gives another order in each iteration."""
     return any(getattr(dataset, name, None) for name in ("_reshuffle_each_iteration", "_rerandomize"))

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from looplab.variables import path_of
 from looplab.walk import VARIABLES, Held
+from looplab.workers import number_of_workers
 
 _DISTRIBUTING = (
     tf.distribute.MirroredStrategy,
@@ -18,7 +19,6 @@ _DISTRIBUTING = (
     tf.distribute.TPUStrategy,
     tf.distribute.experimental.TPUStrategy,
 )
-_WORKERS = "Several workers are not supported yet: use `tf.distribute.MirroredStrategy` on one machine"
 
 
 def running() -> tf.distribute.Strategy:
@@ -33,14 +33,11 @@ def running() -> tf.distribute.Strategy:
             f"`{_name(strategy)}` is not supported: create the trainer in the scope of a "
             f"`tf.distribute.MirroredStrategy`, or without a strategy."
         )
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        workers = _number_of_workers(strategy.cluster_resolver.cluster_spec())
-        if workers > 1:
-            raise ValueError(f"`MultiWorkerMirroredStrategy` has {workers} workers. {_WORKERS}.")
-    elif (workers := _in_environment()) > 1:
+    is_alone = not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if is_alone and (workers := _in_environment()) > 1:
         raise ValueError(
-            f"The environment variable TF_CONFIG names {workers} workers, and each of them would train alone. "
-            f"{_WORKERS}, and unset TF_CONFIG."
+            f"The environment variable TF_CONFIG names {workers} workers, and each of them would train alone. Create "
+            f"the trainer in the scope of a `tf.distribute.MultiWorkerMirroredStrategy`, or unset TF_CONFIG."
         )
     return strategy
 
@@ -102,11 +99,7 @@ def _in_environment() -> int:
         spec, task = resolver.cluster_spec(), resolver.task_type
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"The environment variable TF_CONFIG is malformed: {error}. Correct or unset it.") from error
-    return 0 if task == "evaluator" else _number_of_workers(spec)  # which is alone by design
-
-
-def _number_of_workers(spec: tf.train.ClusterSpec) -> int:
-    return sum(spec.num_tasks(job) for job in ("chief", "worker") if job in spec.jobs)
+    return 0 if task == "evaluator" else number_of_workers(spec)  # which is alone by design
 
 
 def _scope(strategy: tf.distribute.Strategy | None) -> str:

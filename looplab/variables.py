@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from looplab.compat import all_layers
 from looplab.walk import OURS, VARIABLES, Held, marks, methods_of, walk
+from looplab.workers import rank_of
 
 
 class Variables:
@@ -249,16 +250,25 @@ def _is_state(held: Held) -> bool:
 
 
 def of_each_replica(variable: Any) -> dict[str, Any]:
-    """The variable of each replica, by suffix of its path, if each may have its own value."""
-    inner = plain(variable)
+    """The variable of each replica of this process, by suffix of its path, if each may have its own value."""
+    inner = whole(variable)
     if not isinstance(inner, tf.distribute.DistributedValues) or inner.trainable:
         return {"": variable}
-    return {f"/replica-{index}": part for index, part in enumerate(inner.values)}
+    strategy, here = inner.distribute_strategy, len(inner.values)
+    if (there := strategy.num_replicas_in_sync) == 1:
+        return {"": variable}
+    first = here * rank_of(strategy.cluster_resolver) if there > here else 0
+    return {f"/replica-{first + index}": part for index, part in enumerate(inner.values)}
+
+
+def whole(variable: Any) -> Any:
+    """The TensorFlow variable of a Keras variable, with replicas that of all; or `variable`."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def plain(variable: Any) -> Any:
-    """The TensorFlow variable of a Keras variable, and that of the replica if there is only one; or `variable`."""
-    inner = variable.value if isinstance(variable, keras.Variable) else variable
+    """The TensorFlow variable of a Keras variable, and that of the replica if this process has one; or `variable`."""
+    inner = whole(variable)
     is_alone = isinstance(inner, tf.distribute.DistributedValues) and len(inner.values) == 1
     return inner.values[0] if is_alone else inner
 

@@ -12,6 +12,13 @@ import tensorflow as tf
 
 _LIBRARIES = (str(Path(file).parent) + "/" for file in (__file__, keras.__file__, tf.__file__))
 _INSIDE = (*_LIBRARIES, contextlib.__file__)
+_is_quiet = False
+
+
+def be_quiet() -> None:
+    """From now on, prints and warns nothing in this process, but for lines to a `file`: another worker does."""
+    global _is_quiet
+    _is_quiet = True
 
 
 def say(text: str, file: TextIO | None = None) -> None:
@@ -20,7 +27,7 @@ def say(text: str, file: TextIO | None = None) -> None:
     Characters that the file cannot encode are escaped. A line that cannot be written, because its reader is gone or the
     disk is full, is dropped.
     """
-    file = file or sys.stdout
+    file = file or (None if _is_quiet else sys.stdout)
     if file is not None:  # a process may have no console
         with contextlib.suppress(OSError):
             try:
@@ -32,6 +39,8 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 def warn(text: str) -> None:
     """Warns at the innermost line that called looplab, Keras or TensorFlow."""
+    if _is_quiet:
+        return
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_back is not None and _is_inside(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1

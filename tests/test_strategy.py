@@ -103,25 +103,6 @@ def cluster(workers, task="worker", index=0):
     return {"cluster": {"worker": ports}, "task": {"type": task, "index": index}}
 
 
-def test_several_workers_are_an_error_in_each(tmp_path):
-    config = cluster(2)
-    script = """
-        import sys
-        import tensorflow as tf
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        import looplab
-        with strategy.scope():
-            try:
-                looplab.Trainer(loss="mse", log_dir=sys.argv[1] + "/run")
-            except ValueError as error:
-                print(error)
-    """
-    configs = [json.dumps({**config, "task": {"type": "worker", "index": index}}) for index in (0, 1)]
-    for printed in processes(script, tmp_path, configs):
-        assert "`MultiWorkerMirroredStrategy` has 2 workers. Several workers are not supported yet: use" in printed
-    assert not (tmp_path / "run").exists()
-
-
 def test_parameter_servers_are_an_error(tmp_path):
     script = """
         import json, os

@@ -90,13 +90,23 @@ def values_of(variables: dict[str, Any]) -> dict[str, VariableValue]:
     return {path: VariableValue(path_of(variable), to_numpy(variable)) for path, variable in variables.items()}
 
 
-def check(variables: dict[str, Any], saved: Saved) -> None:
+def of_replicas(values: dict[str, VariableValue]) -> dict[str, VariableValue]:
+    """Those of the values that a replica may have on its own."""
+    return {path: value for path, value in values.items() if _REPLICA.search(path)}
+
+
+def check(variables: dict[str, Any], saved: Saved, replicas: int) -> None:
     """Checks that the values of a checkpoint belong to these variables, of any number of replicas.
+
+    Args:
+        variables: Those of this process.
+        saved: The checkpoint.
+        replicas: How many replicas there are now, on all workers.
 
     Raises:
         CheckpointError: They do not.
     """
-    values = _of_these_replicas(variables, saved.snapshot.variables)
+    values = _of_these_replicas(variables, saved.snapshot.variables, replicas)
     here = {path: _signature(variable) for path, variable in variables.items()}
     there = {path: _signature(value.value) for path, value in values.items()}
     for path in [*here, *there]:
@@ -110,20 +120,22 @@ def check(variables: dict[str, Any], saved: Saved) -> None:
             )
 
 
-def assign(variables: dict[str, Any], saved: dict[str, VariableValue]) -> None:
-    """Assigns the values to those variables that have the same path, shape and dtype."""
-    saved = _of_these_replicas(variables, saved)
+def assign(variables: dict[str, Any], saved: dict[str, VariableValue], replicas: int) -> None:
+    """Assigns the values to those variables that have the same path, shape and dtype; `replicas` as for `check`."""
+    saved = _of_these_replicas(variables, saved, replicas)
     for path, variable in variables.items():
         if path in saved and _signature(saved[path].value) == _signature(variable):
             variable.assign(saved[path].value)
 
 
-def replicas(paths: Iterable[str]) -> int:
+def replicas_of(paths: Iterable[str]) -> int:
     """How many replicas variables with these paths have."""
     return 1 + max((int(found[1]) for path in paths if (found := _REPLICA.search(path))), default=0)
 
 
-def _of_these_replicas(variables: dict[str, Any], saved: dict[str, VariableValue]) -> dict[str, VariableValue]:
+def _of_these_replicas(
+    variables: dict[str, Any], saved: dict[str, VariableValue], replicas: int
+) -> dict[str, VariableValue]:
     """Saved values by the paths of these variables, of which there may be another number of replicas.
 
     What each replica has of its own is combined as TensorFlow does when it reads the whole variable: the sums or means
@@ -132,7 +144,12 @@ def _of_these_replicas(variables: dict[str, Any], saved: dict[str, VariableValue
     here, there, found = _by_whole(variables), _by_whole(saved), dict(saved)
     for whole in here.keys() & there.keys():
         variable, values = plain(variables[here[whole][0]]), [saved[path].value for path in there[whole]]
-        if here[whole] == there[whole] or {_signature(value) for value in values} != {_signature(variable)}:
+        if {_signature(value) for value in values} != {_signature(variable)}:
+            continue
+        for path in there[whole]:
+            del found[path]
+        if len(there[whole]) == (1 if here[whole] == [whole] else replicas):
+            found |= {path: saved[path] for path in here[whole]}
             continue
         first, is_sum = values[0], False
         if variable.synchronization == tf.VariableSynchronization.ON_READ:
@@ -141,10 +158,9 @@ def _of_these_replicas(variables: dict[str, Any], saved: dict[str, VariableValue
                 combine = np.sum if is_sum else np.mean
                 first = combine(values, axis=0, dtype=values[0].dtype)
         name = saved[there[whole][0]].name
-        for path in there[whole]:
-            del found[path]
-        for index, path in enumerate(here[whole]):
-            found[path] = VariableValue(name, np.zeros_like(first) if is_sum and index else first)
+        for path in here[whole]:
+            is_first = path in (whole, f"{whole}/replica-0")
+            found[path] = VariableValue(name, first if is_first or not is_sum else np.zeros_like(first))
     return found
 
 

@@ -17,6 +17,7 @@ from looplab.data.arrays import is_arrays, leaves, to_arrays, unpack
 from looplab.data.iteration import Batches
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
 from looplab.data.resident import Resident, gather, rows_of
+from looplab.data.sharing import Policy, have_equal_batches, shared
 from looplab.warn import warn
 
 _BUFFER = 4  # batches that are prepared while the graph computes
@@ -34,6 +35,7 @@ def from_arguments(
     steps: int | None = None,
     training_from: int | None = None,
     strategy: tf.distribute.Strategy,
+    workers: int = 1,
 ) -> Batches:
     """Batches from arrays, or from what yields batches: see `_from_source`.
 
@@ -43,12 +45,14 @@ def from_arguments(
         steps: Batches in an epoch; by default as many as there are. Never more than Keras is set to run in a pass.
         training_from: The first epoch of a training. With `steps`, its data continues in the next epoch where it
             stopped, and starts again at its end. None: the data is for one evaluation, and ends at its end.
+        strategy: Whose replicas share each batch.
+        workers: How many processes share the data.
 
     Raises:
         TypeError: `x` is none of these.
         ValueError: The parts differ in length, are empty, or do not belong together.
     """
-    training = training_from is not None
+    training, first_epoch = training_from is not None, training_from or 0
     if is_arrays(x):
         arrays, batch_size = to_arrays(name, x, y, sample_weight), batch_size or 32
         steps = _limited(name, steps, math.ceil(leaves(arrays)[0].shape[0] / batch_size))
@@ -63,13 +67,14 @@ def from_arguments(
             )
         steps = _limited(name, steps, sources.length(x))
         batches = _from_source(name, x, steps, training_from, seed if shuffle else None)
+        if isinstance(x, tf.data.Dataset) and not have_equal_batches(x, workers, not training):
+            batches = dataclasses.replace(batches, steps=steps)  # a worker may have more of them
 
-    first_epoch = training_from or 0
     plain = batches.start(first_epoch, 0)
 
     def distributed(data: Any) -> Any:
         if isinstance(data, tf.data.Dataset):
-            data = strategy.experimental_distribute_dataset(data)
+            data = strategy.experimental_distribute_dataset(shared(data, workers, not training))
         return sources.ReadOnce(data) if batches.is_read_once else data
 
     first = distributed(plain)
@@ -148,7 +153,7 @@ def _pipeline(resident: Resident, first: int) -> tf.data.Dataset:
     first_pass, first_batch = divmod(first, resident.batches)
     rows = tf.data.Dataset.range(first_pass, tf.int64.max).flat_map(one_pass).skip(first_batch)
     options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_distribute.auto_shard_policy = Policy.DATA
     options.experimental_optimization.apply_default_optimizations = False  # they would copy the arrays
     options.autotune.enabled = False
     gathered = rows.map(lambda rows: gather(resident.layout, resident.tensors, rows))

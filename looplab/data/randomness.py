@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from looplab.compat import dataset_function, dataset_seeds, draws_anew, parents
+from looplab.compat import dataset_function, dataset_seeds, draws_anew, operation_types, parents
 
 # Kernels that keep a counter of their own; stateless kernels and those of `tf.random.Generator` do not.
 _UNSAVED_RANDOM = {
@@ -56,6 +56,4 @@ def _reads_captured(dataset: tf.data.Dataset) -> bool:
 
 def random_operations(graph: tf.Graph) -> list[str]:
     """The types of a graph's operations whose random numbers no saved variable determines."""
-    definition = graph.as_graph_def()
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    return sorted({node.op for node in nodes if node.op in _UNSAVED_RANDOM})
+    return sorted(operation_types(graph) & _UNSAVED_RANDOM)

@@ -31,7 +31,8 @@ class Compiled:
         image_every: By image name, n: an image is written at the steps 1, 1 + n, 1 + 2n, … Filled by `step`.
         strategy: Where the step runs. The replicas' scalars are averaged, weighted by their numbers of examples.
         read_only: Whether the step changes copies of the variables that it would change: see `copies`.
-        stop: A bool variable: once it is true, the running step is the last one.
+        stop: A bool variable: once it is true, the running step is the last one. None if only the number of steps ends
+            a call, because with several workers each would read its own.
         jit_compile: Whether XLA compiles the step, and where it can the loop around it: see `_on_resident`.
         run_eagerly: Whether Python runs the step line by line, for debugging.
     """
@@ -42,7 +43,7 @@ class Compiled:
         element_spec: Any,
         image_every: dict[str, int],
         strategy: tf.distribute.Strategy,
-        stop: tf.Variable,
+        stop: tf.Variable | None,
         read_only: bool = False,
         jit_compile: bool = False,
         run_eagerly: bool = False,
@@ -132,7 +133,6 @@ class Compiled:
 
     def _whole_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
         """One step on all replicas: the number of examples, float64 means weighted by it, images, and the fault."""
-        several = self._strategy.num_replicas_in_sync > 1
 
         def replica_step(batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
             logs = self._step(batch)
@@ -140,19 +140,28 @@ class Compiled:
             with tf.name_scope("logs"):
                 weight = tf.cast(logs.weight, tf.float64)
                 scalars = {name: _wide(value) for name, value in logs.scalars.items()}
-                if several:  # sums, because in a smaller last batch a replica may have no rows, and then no mean
-                    scalars = {name: tf.where(weight > 0, value * weight, 0) for name, value in scalars.items()}
             return weight, scalars, logs.images, logs.fault
 
-        weight, scalars, images, fault = self._strategy.run(replica_step, (batch,))
-        if several:
-            with tf.name_scope("logs"):
-                weight = self._strategy.reduce("SUM", weight, axis=None)
-                sums = {name: self._strategy.reduce("SUM", value, axis=None) for name, value in scalars.items()}
-                scalars = {name: value / weight for name, value in sums.items()}
-                fault = self._worst(fault)
-                images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
-        return weight, scalars, images, fault
+        def summand(batch: Any) -> tuple[tf.Tensor, dict[str, Any]]:
+            """What a replica adds to the numbers of all, and its images."""
+            weight, scalars, images, fault = replica_step(batch)
+            with tf.name_scope("logs"):  # in a smaller last batch, a replica may have no rows, and then no mean
+                sums = [tf.where(weight > 0, value * weight, 0) for value in scalars.values()]
+                context = tf.distribute.get_replica_context()
+                faults = tf.one_hot(context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=tf.float64)
+                return tf.concat([[weight, *sums], faults * _wide(fault)], 0), images
+
+        if self._strategy.num_replicas_in_sync == 1:
+            return self._strategy.run(replica_step, (batch,))
+        numbers, images = self._strategy.run(summand, (batch,))
+        with tf.name_scope("logs"):
+            numbers = self._strategy.reduce("SUM", numbers, axis=None)
+            weight, sums, faults = numbers[0], numbers[1 : 1 + len(self.names)], numbers[1 + len(self.names) :]
+            scalars = dict(zip(self.names, tf.unstack(sums / weight, len(self.names)), strict=True))
+            # The lowest code if one is negative, else the highest.
+            fault = tf.where(tf.reduce_any(faults < 0), tf.reduce_min(faults), tf.reduce_max(faults))
+            images = {name: self._strategy.experimental_local_results(value)[0] for name, value in images.items()}
+        return weight, scalars, images, tf.cast(fault, tf.int32)
 
     def _sound_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:
         """What `_whole_step` returns, of a step of which a fault leaves no trace in the variables."""
@@ -171,11 +180,6 @@ class Compiled:
         if before:
             tf.cond(tf.equal(fault, 0), lambda: None, undo)
         return weight, scalars, images, fault
-
-    def _worst(self, codes: Any) -> tf.Tensor:
-        """Of the replicas' codes the lowest if one is negative, else the highest."""
-        values = tf.stack(self._strategy.experimental_local_results(codes))
-        return tf.where(tf.reduce_any(values < 0), tf.reduce_min(values), tf.reduce_max(values))
 
     def _on_iterator(self, iterator, first, steps):
         """The loop around the step: a graph, or in eager mode run by Python."""
@@ -258,8 +262,8 @@ class Compiled:
         rows = rows.write(done, self._row(weight, scalars, fault))
         pictures = [table.write(done, self._encoded(images, first + tf.cast(done, tf.int64))) for table in pictures]
         with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
-            stops = tf.convert_to_tensor(self._stop)
-        return [rows, *pictures], tf.equal(fault, 0) & ~stops
+            stops = False if self._stop is None else tf.convert_to_tensor(self._stop)
+        return [rows, *pictures], tf.equal(fault, 0) & tf.logical_not(stops)
 
     def _row(self, weight: tf.Tensor, scalars: dict[str, tf.Tensor], fault: tf.Tensor) -> tf.Tensor:
         """The numbers of a step, in the order of the columns."""

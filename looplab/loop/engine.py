@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from looplab import strategies
-from looplab.callbacks import hooked_to_batches
+from looplab.callbacks import begin_batch, end_batches, hooked_to_batches
 from looplab.data.arrays import unpack
 from looplab.data.batches import Batches, from_arguments
 from looplab.loop import step_checks
@@ -34,6 +34,7 @@ from looplab.summaries.folder import RunFolder
 from looplab.variables import Variables
 from looplab.walk import overrides
 from looplab.warn import Warnings, warn
+from looplab.workers import Workers
 
 T = TypeVar("T")
 _STOPS = {"train": "stop_training", "test": "stop_evaluating", "predict": "stop_predicting"}
@@ -47,14 +48,18 @@ class Engine:
         state: Counts the steps.
         folder: Where the values of each step are written.
         is_seeded: Whether the user chose the seed; otherwise a resumed run restores it.
+        workers: The processes that train together.
     """
 
-    def __init__(self, runner: StepRunner, state: RunState, folder: RunFolder, is_seeded: bool):
+    def __init__(self, runner: StepRunner, state: RunState, folder: RunFolder, is_seeded: bool, workers: Workers):
         self.runner = runner
         self.state = state
         self.folder = folder
         self.is_seeded = is_seeded
-        self.tracer = Tracer(runner)
+        self.workers = workers
+        self.replicas: int = runner.strategy.num_replicas_in_sync
+        """How many there are on all workers."""
+        self.tracer = Tracer(runner, is_alone=workers.number == 1)
         self.costs = Costs()  # of the last call of `fit`
         self.profile_steps: tuple[int, int] | None = None  # the first and the last one
         self.on_batch: Any = None
@@ -70,17 +75,19 @@ class Engine:
         roots = {"metrics": objective.compiled} if objective.is_used else {}
         runner = StepRunner(trainer, objective, Variables(trainer, roots), warnings, strategy)
         # Absolute, because the program may change its working directory.
-        folder = RunFolder(None if log_dir is None else local_path("log_dir", log_dir).absolute())
-        is_seeded = seed is not None
+        path, workers = None if log_dir is None else local_path("log_dir", log_dir).absolute(), Workers(strategy)
+        is_seeded, folder = seed is not None, RunFolder(path, workers.is_chief)
         if seed is None:  # as `random` would give it now; what the program draws later does not depend on the trainer
             source = random.Random()
             source.setstate(random.getstate())
             seed = source.randint(1, 10**9)
-        return cls(runner, RunState(seed), folder, is_seeded)
+        return cls(runner, RunState(workers.of_chief(lambda: seed)), folder, is_seeded, workers)
 
     def batches(self, name: str, *data: Any, **options: Any) -> Batches:
         """The batches of data as users pass it: see `from_arguments`."""
-        return from_arguments(name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy)
+        return from_arguments(
+            name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy, workers=self.workers.number
+        )
 
     def run(
         self,
@@ -113,20 +120,20 @@ class Engine:
             Fault: A step had a fault; everything before it is counted and written.
             ValueError: The data has no batch.
         """
-        held = [batches.iterate(0) if iterate is None else iterate()]
+        held: list[Any] = [batches.iterate(0) if iterate is None else iterate()]
         step = self.tracer.compiled(kind, held[0].element_spec)
         hooks = hooked_to_batches(callbacks.callbacks, kind)
         may_freeze = any(not getattr(hook, "stateless", False) for hook in hooks)
         pace = Pace(1 if kind == "predict" else self._pace(hooks), start=step.pace)
         skipped = 0
         most = between(progress.batches)
-        while not self._is_over(kind, batches, progress):
+        while not self.is_over(kind, batches, progress):
             done = progress.batches
             left = None if batches.steps is None else batches.steps - done
-            asked = pace.next(*(number for number in (left, most) if number is not None))
+            asked = int(self.workers.each(pace.next(*(n for n in (left, most) if n is not None)))[0, 0])
             if asked == 1:  # with more, these hooks are called when the call has returned
                 with self.costs.of("callbacks"):
-                    _begin_batch(kind, hooks, done)
+                    begin_batch(kind, hooks, done)
             if may_freeze and not step.eager:
                 step = self.tracer.compiled(kind, step.element_spec)
             started = time.time()
@@ -138,7 +145,7 @@ class Engine:
                 logs = sound = logs._replace(outputs=take_outputs(logs.batch.get_value(), outputs))
             if hooks:
                 with self.costs.of("callbacks"), self.metrics.visible(step, hooks):
-                    _end_batches(kind, hooks, self.shown(step, sound), done, starts=asked > 1)
+                    end_batches(kind, hooks, self.shown(step, sound), done, starts=asked > 1)
             if stops:
                 raise self.fault(kind, batches.name, progress, logs)
             skipped += int((logs.faults != 0).sum())
@@ -166,7 +173,7 @@ class Engine:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Runs an evaluation, and leaves all variables as they were: its values, and those of the parts of the loss."""
         step = self.tracer.compiled("test", batches.element_spec)
-        with self.metrics.unchanged(step), batches.reading():
+        with self.workers.needed(), self.metrics.unchanged(step), batches.reading():
             self.metrics.reset(step.copies)
             self.runner.trainer.stop_evaluating = False
             callbacks.on_test_begin()
@@ -187,7 +194,8 @@ class Engine:
             outputs.append(rows)
             return rows
 
-        with self.metrics.unchanged(self.tracer.compiled("predict", batches.element_spec)), batches.reading():
+        step = self.tracer.compiled("predict", batches.element_spec)
+        with self.workers.needed(), self.metrics.unchanged(step), batches.reading():
             self.runner.trainer.stop_predicting = False
             callbacks.on_predict_begin()
             self.run("predict", batches, Progress(), callbacks, take_outputs=take)
@@ -237,11 +245,17 @@ class Engine:
         self.runner.warnings.give()
         return logs
 
-    def _is_over(self, kind: str, batches: Batches, progress: Progress) -> bool:
+    def is_over(self, kind: str, batches: Batches, progress: Progress) -> bool:
         """Whether a pass has reached its end."""
         if progress.ended or (batches.steps is not None and progress.batches >= batches.steps):
             return True
-        return progress.batches > 0 and bool(getattr(self.runner.trainer, _STOPS[kind], False))  # as in Keras
+        return progress.batches > 0 and self.stops(kind)  # as in Keras
+
+    def stops(self, kind: str) -> bool:
+        """Whether a callback, on any worker, has ended such a pass."""
+        name, trainer = _STOPS[kind], self.runner.trainer
+        setattr(trainer, name, self.workers.any(getattr(trainer, name, False)))
+        return bool(getattr(trainer, name))
 
     def _pace(self, hooks: Sequence[keras.callbacks.Callback]) -> int | str:
         trainer = self.runner.trainer
@@ -278,21 +292,7 @@ class Engine:
 
     def gathered(self, value: Any) -> Any:
         """The rows of all replicas, in order."""
-        return joined(*self.runner.strategy.experimental_local_results(value))
-
-
-def _begin_batch(kind: str, hooks: Sequence[Any], number: int) -> None:
-    for hook in hooks:
-        getattr(hook, f"on_{kind}_batch_begin")(number, logs={})
-
-
-def _end_batches(kind: str, hooks: Sequence[Any], shown: list[dict[str, Any]], first: int, starts: bool) -> None:
-    """Calls the hooks for each step that a graph call ran, with the values of that step."""
-    for index, values in enumerate(shown):
-        for hook in hooks:
-            if starts:
-                getattr(hook, f"on_{kind}_batch_begin")(first + index, logs={})
-            getattr(hook, f"on_{kind}_batch_end")(first + index, logs=values)
+        return joined(*self.workers.of_all(joined(*self.runner.strategy.experimental_local_results(value))))
 
 
 def _without(names: Collection[str], values: Mapping[str, T]) -> dict[str, T]:

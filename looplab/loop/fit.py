@@ -61,13 +61,15 @@ class Fit:
         )
         self.resume.check(asked)
         store, is_requested = self.resume.store, self.resume.is_requested
-        if self.train.unseeded and (store.saves or is_requested):
-            checks.unseeded(self.train.unseeded, is_requested)
+        workers = engine.workers.number
+        if self.train.unseeded and (store.saves or is_requested or workers > 1):
+            checks.unseeded(self.train.unseeded, is_requested, workers)
         for data in (self.train, self.validation) if store.saves or is_requested else ():
             if data is not None and data.inexact:
                 checks.inexact(data.name, data.inexact)
         engine.costs = Costs()
-        shown = [EpochLine() if self.verbose == 2 else ProgressBar()] if self.verbose else []
+        is_shown = self.verbose and engine.workers.is_chief
+        shown = [EpochLine() if self.verbose == 2 else ProgressBar()] if is_shown else []
         callbacks = keras.callbacks.CallbackList(
             [*self.callbacks, *shown],
             add_history=True,
@@ -78,17 +80,18 @@ class Fit:
             costs=engine.costs,
         )
         saving = Saving(engine, self.train, self.validation, callbacks, asked, self.resume)
-        self._train(callbacks, saving, Interrupts(engine.tracer.stop, saves=store.saves))
+        self._train(callbacks, saving, Interrupts(engine.tracer.stop, store.saves, engine.workers))
         history = engine.runner.trainer.history  # which the list of callbacks has set
-        if store.saves and engine.folder.path is not None:
+        if store.saves and engine.folder.path is not None and engine.workers.is_chief:
             histories.write(engine.folder.path, state.fits, history.history)
         state.fits += 1
         return history
 
     def _train(self, callbacks: keras.callbacks.CallbackList, saving: Saving, interrupts: Interrupts) -> None:
         engine, state, trainer = self.engine, self.engine.state, self.engine.runner.trainer
-        events, store = engine.folder.events, self.resume.store
-        with interrupts, saving.on_exit(interrupts), Profile(engine.profile_steps, engine.folder.path) as profile:
+        events, store, workers = engine.folder.events, self.resume.store, engine.workers
+        profiled = engine.profile_steps if workers.is_chief else None
+        with interrupts, saving.on_exit(interrupts), Profile(profiled, engine.folder.path) as profile:
             between = functools.partial(self._between, saving, interrupts, profile)
             self._prepare()
             self.resume.load(self.train, self.validation)
@@ -98,7 +101,7 @@ class Fit:
             engine.folder.take(resumes=self.resume.newest is not None)
             saving.start()  # restores after `on_train_begin`, in which callbacks reset themselves
             has_ended = False  # data that cannot be read again
-            while state.epoch < self.epochs and not has_ended and (state.in_epoch or not trainer.stop_training):
+            while state.epoch < self.epochs and not has_ended and (state.in_epoch or not engine.stops("train")):
                 if not state.in_epoch:  # else the epoch has started before the checkpoint that was resumed
                     engine.metrics.reset()
                     with engine.costs.of("callbacks"):
@@ -130,7 +133,7 @@ class Fit:
                 state.epoch, state.in_epoch = state.epoch + 1, False
                 state.progress = Progress(faults=state.progress.faults)
                 saving.starts = saving.starts if self.train.continues else self.train.starts
-                if store.is_due_after_epoch(state.epochs, saving.monitored()):
+                if workers.of_chief(functools.partial(store.is_due_after_epoch, state.epochs, saving.monitored())):
                     saving.save()
                 interrupts.check()
             self._warn_if_ended(has_ended)
@@ -144,7 +147,7 @@ class Fit:
     def _between(self, saving: Saving, interrupts: Interrupts, profile: Profile, done: int) -> int | None:
         """Saves and profiles if that is due, and returns after how many steps it is due again."""
         store, steps = self.resume.store, self.engine.state.steps
-        if done and store.is_due_after_step(steps):
+        if self.engine.workers.of_chief(lambda: bool(done) and store.is_due_after_step(steps)):
             saving.save()
         interrupts.check()
         left = [store.steps_left(steps), profile.left(steps)]
@@ -274,7 +277,8 @@ def fit(
     engine.runner.class_weights = ClassWeights.of(class_weight)
     if validation_split and validation_data is None:
         x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
-    with engine.folder.owned(resume):
+    with engine.workers.needed(), contextlib.ExitStack() as on_exit:
+        engine.workers.of_chief(lambda: on_exit.enter_context(engine.folder.owned(resume)))
         found = Resume(engine, trainer.checkpoint, resume)
         first = found.first_epoch(initial_epoch)
         train = engine.batches(

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from looplab.compat import EAGER_VARIABLE, converting_users_code, read_only_inputs
+from looplab.compat import EAGER_VARIABLE, converting_users_code, operation_types, read_only_inputs
 from looplab.loop.hooks import Hooks
 from looplab.variables import plain
 
@@ -120,9 +120,7 @@ def written_variables(function: Any) -> list[tf.Variable]:
 
 def changed_tables(graph: tf.Graph) -> list[str]:
     """The operations of a graph that change tables or queues, whose state no variable holds."""
-    definition = graph.as_graph_def()
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    return sorted({node.op for node in nodes if _CHANGING.match(node.op)})
+    return sorted(filter(_CHANGING.match, operation_types(graph)))
 
 
 class Copies:

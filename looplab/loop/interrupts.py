@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 from looplab.warn import say
+from looplab.workers import Workers
 
 
 class Interrupted(SystemExit):
@@ -39,10 +40,12 @@ class Interrupts:
         stop: A variable that the graph reads after each step.
         saves: Whether the training saves its state, and ends with `Interrupted`. If not, only Ctrl-C waits for the
             running step, so that counters and variables agree, and raises `KeyboardInterrupt`.
+        workers: Those that train together: a signal that one of them receives ends the training of all.
     """
 
-    def __init__(self, stop: tf.Variable, saves: bool):
+    def __init__(self, stop: tf.Variable, saves: bool, workers: Workers):
         self._stop = stop
+        self._workers = workers
         self._saves = saves
         self._signals = (signal.SIGTERM, signal.SIGINT) if saves else (signal.SIGINT,)
         self._received: signal.Signals | None = None
@@ -73,9 +76,9 @@ class Interrupts:
         self._on_exit.close()
 
     def check(self) -> None:
-        """Raises `Interrupted`, or `KeyboardInterrupt` if nothing is saved, once a signal has arrived."""
-        if self._received is not None:
-            raise Interrupted(self._received) if self._saves else KeyboardInterrupt
+        """Raises `Interrupted`, or `KeyboardInterrupt` if nothing is saved, once a signal has arrived at a worker."""
+        if number := self._workers.each(self._received or 0).max():
+            raise Interrupted(signal.Signals(number)) if self._saves else KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or signal.Signals(number)

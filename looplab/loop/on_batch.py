@@ -41,6 +41,7 @@ class OnBatch:
     ) -> Any:
         """Learns from one batch, x, y and sample_weight; returns its values, and saves if that is due."""
         engine, state = self._engine, self._engine.state
+        _alone(engine)
         if self._store is None:
             self._open(checkpoint)
         engine.runner.class_weights = ClassWeights.of(class_weight)
@@ -54,10 +55,12 @@ class OnBatch:
 
     def test(self, arrays: tuple[Any, Any, Any], return_dict: bool) -> Any:
         """Evaluates one batch, x, y and sample_weight; returns its values."""
+        _alone(self._engine)
         return self._run("test", arrays, Progress(), None, return_dict)
 
     def predict(self, x: Any) -> Any:
         """The outputs for one batch."""
+        _alone(self._engine)
         data = _single(x)
         step = self._engine.tracer.recent("predict", data.element_spec)
         with self._engine.metrics.unchanged(step):
@@ -111,6 +114,14 @@ class OnBatch:
             variables=variables,
         )
         self._store.commit(snapshot, None, engine.folder.events.files())
+
+
+def _alone(engine: Engine) -> None:
+    if engine.workers.number > 1:
+        raise ValueError(
+            f"Single batches are of one process, and the trainer has {engine.workers.number} workers. Call `fit`, "
+            f"`evaluate` or `predict`, in which they share each batch."
+        )
 
 
 def _single(x: Any, y: Any = None, sample_weight: Any = None) -> Single:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab.variables import plain
+from looplab.variables import whole
 
 _APART = 0x9E3779B1  # odd and large: seeds of people differ by less
 _whole: Counter[int] = Counter()  # by the identity of an optimizer, in how many replicas it gets the gradients of all
@@ -100,7 +100,7 @@ def own(variables: Iterable[Any]) -> list[Any]:
 
     Only those of floating dtypes, which may become NaN.
     """
-    wholes = ((variable, plain(variable)) for variable in variables)
+    wholes = ((variable, whole(variable)) for variable in variables)
     changeable = [(v, one) for v, one in wholes if isinstance(one, tf.distribute.DistributedValues)]
     return [variable for variable, one in changeable if not one.trainable and one.dtype.is_floating]
 
@@ -122,7 +122,7 @@ def settle(
     """
     wholes, parts = [], []
     for variable in changed:
-        kind = plain(variable)
+        kind = whole(variable)
         if kind.synchronization == tf.VariableSynchronization.ON_READ or id(variable) not in weights:
             parts.append(variable)
         elif kind.aggregation == tf.VariableAggregation.NONE:

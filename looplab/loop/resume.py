@@ -51,7 +51,7 @@ class Resume:
         self._engine = engine
         if not is_requested:
             return
-        self.newest = self.store.newest()
+        self.newest = engine.workers.of_chief(self.store.newest)
         if self.newest is not None:
             state = self.newest.snapshot.state
             self.is_skipped = state.fits > engine.state.fits
@@ -101,7 +101,7 @@ class Resume:
                     f"`resume`: the run in {self._engine.folder.path} has {name} {before.get(name)}, and now it is "
                     f"{value}. Pass what it was, or start another run in another `log_dir`."
                 )
-        had, has = snapshot.replicas(self.saved.snapshot.variables), self._engine.runner.strategy.num_replicas_in_sync
+        had, has = snapshot.replicas_of(self.saved.snapshot.variables), self._engine.replicas
         if had != has:
             warn(f"`resume`: there were {had} replicas, and now {has}: the run continues, but not to the same bits.")
         for name, settings in now.made_with.items():
@@ -122,7 +122,7 @@ class Resume:
         """Raises what is wrong with the checkpoint before anything is changed, and advances data that shuffles."""
         if self.saved is None:
             return
-        snapshot.check(self._engine.runner.variables.by_path(), self.saved)
+        snapshot.check(self._engine.runner.variables.by_path(), self.saved, self._engine.replicas)
         starts, validation_starts = self.saved.snapshot.starts
         if self.is_complete and train.continues:
             starts = None  # nobody counts the orders that the complete call has drawn
@@ -142,7 +142,7 @@ class Resume:
         engine, (path, then) = self._engine, self.saved
         if then.state.in_epoch:
             callbacks.on_epoch_begin(then.state.epoch)
-        assign(engine.runner.variables.by_path(), then.variables)
+        assign(engine.runner.variables.by_path(), then.variables, engine.replicas)
         then.variables.clear()  # their memory is needed
         engine.state.replace_by(then.state)
         continues = self._was_stopped and not self.is_complete
@@ -152,7 +152,8 @@ class Resume:
         callback_state.restore(callbacks.callbacks, then.callbacks, path)
         callback_state.rewind(callbacks.callbacks, then.appended)
         engine.folder.events.rewind(then.files)
-        self.store.drop_newer(path)
+        if engine.workers.is_chief:
+            self.store.drop_newer(path)
         if self._was_stopped:
             outcome = f"continuing to epoch {epochs}."
             if self.is_complete:
@@ -169,15 +170,16 @@ class Resume:
         engine = self._engine
         engine.tracer.compiled("train", train.element_spec, eagerly=False)
         assert self.newest is not None
-        assert engine.folder.path is not None
-        assign(engine.runner.variables.by_path(), self.newest.snapshot.variables)
+        path = engine.folder.path
+        assert path is not None
+        assign(engine.runner.variables.by_path(), self.newest.snapshot.variables, engine.replicas)
         engine.folder.resumed = self.newest.snapshot.files  # single steps may follow
         engine.folder.take(resumes=True)
         number = engine.state.fits
         engine.state.replace_by(self.newest.snapshot.state)
         engine.state.fits = number + 1
         history = keras.callbacks.History()
-        history.history = histories.read(engine.folder.path, number)
+        history.history = engine.workers.of_chief(lambda: histories.read(path, number))
         history.epoch = list(range(max(map(len, history.history.values()), default=0)))
         say(
             f"looplab: call {number + 1} of `fit` in {engine.folder.path} is complete, with {len(history.epoch)} "
@@ -192,7 +194,7 @@ def open_store(engine: Engine, settings: Checkpoint | None) -> Store:
     if engine.on_batch is not None:
         engine.on_batch.wait()  # its unfinished checkpoint would be removed
     store = Store((path or Path()) / _FOLDER, None if path is None else settings)
-    if path is not None:
+    if path is not None and engine.workers.is_chief:
         store.clean()
     return store
 
@@ -207,10 +209,10 @@ def restore(engine: Engine, settings: Checkpoint | None, checkpoint: str | Path)
         raise ValueError("`restore` needs all variables to exist: call `build` with the data before, or `fit`.")
     if engine.on_batch is not None:
         engine.on_batch.wait()
-    saved = _found(engine, settings, checkpoint)
+    saved = engine.workers.of_chief(lambda: _found(engine, settings, checkpoint))
     variables = engine.runner.variables.by_path()
-    snapshot.check(variables, saved)
-    assign(variables, saved.snapshot.variables)
+    snapshot.check(variables, saved, engine.replicas)
+    assign(variables, saved.snapshot.variables, engine.replicas)
     if checkpoint == "newest" and not engine.state.steps:
         engine.state.replace_by(saved.snapshot.state)
         engine.folder.resumed = saved.snapshot.files

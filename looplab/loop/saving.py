@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import numbers
 import shlex
@@ -15,7 +16,7 @@ from typing import Any
 import keras
 
 from looplab.checkpoint import callbacks as callback_state
-from looplab.checkpoint.snapshot import Asked, Snapshot, values_of
+from looplab.checkpoint.snapshot import Asked, Snapshot, of_replicas, values_of
 from looplab.data.batches import Batches
 from looplab.loop.engine import Engine
 from looplab.loop.guard import Fault
@@ -86,13 +87,16 @@ class Saving:
                 self.save()
             self._store.wait()
             saved = f"looplab: {interrupted.received.name}: {self._saved_steps} steps are saved in {log_dir}."
+            if not self._engine.workers.is_chief:
+                raise
             command = f"{COMMAND.get()} --resume {shlex.quote(str(log_dir))}"
             say(f"\n{saved} To resume: {command if COMMAND.get() else '`fit(..., resume=True)`'}", sys.stderr)
             raise
         except Fault as fault:
             self.save()
             self._store.wait()
-            raise fault.error(state.steps + 1, state.epoch + 1, log_dir) from None
+            error = functools.partial(fault.error, state.steps + 1, state.epoch + 1, log_dir)
+            raise self._engine.workers.of_chief(error) from None
         finally:
             self._store.close()
 
@@ -111,7 +115,9 @@ class Saving:
             return
         with self._engine.costs.of("checkpoints"):
             self._store.wait()  # for at most one copy of the variables in memory
-            self._store.commit(self._captured(), self.monitored(), self._engine.folder.events.files())
+            captured = self._captured()
+            if self._engine.workers.is_chief:
+                self._store.commit(captured, self.monitored(), self._engine.folder.events.files())
         self._saved_steps = self._engine.state.steps
 
     def _captured(self) -> Snapshot:
@@ -122,6 +128,8 @@ class Saving:
         logs = {name: float(value) for name, value in state.logs.items() if isinstance(value, numbers.Real)}
         with engine.runner.eager_lock:
             variables = values_of(engine.runner.variables.by_path())
+        for others in engine.workers.of_all(of_replicas(variables)):
+            variables |= others
         return Snapshot(
             state=dataclasses.replace(state, test_steps=before_validation["test_steps"], logs=logs),
             asked=self._asked,

@@ -42,12 +42,14 @@ class Tracer:
 
     Args:
         runner: Runs the steps.
+        is_alone: Whether there are no other workers.
     """
 
-    def __init__(self, runner: StepRunner):
+    def __init__(self, runner: StepRunner, is_alone: bool = True):
         self.stop = tf.Variable(False, trainable=False, name="stop")
-        """Once it is true, the running step is the last one."""
+        """Once it is true, the running step is the last one; with several workers, the running graph call."""
         self._runner = runner
+        self._is_alone = is_alone
         self._traces: list[_Trace] = []
         self._outdated: list[_Trace] = []
         self._lock = threading.RLock()
@@ -126,7 +128,7 @@ class Tracer:
             element_spec,
             runner.image_every[kind],
             runner.strategy,
-            self.stop,
+            self.stop if self._is_alone else None,
             read_only=not trains,
             jit_compile=trainer.jit_compile,
             run_eagerly=eagerly,

@@ -22,11 +22,13 @@ class RunFolder:
 
     Args:
         path: The folder; None writes nothing.
+        is_written: Whether this process writes to it: with several workers, only the first does.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, is_written: bool = True):
         self.path = path
-        self.events = RunWriter(path)
+        self._written = path if is_written else None
+        self.events = RunWriter(self._written)
         self.resumed: dict[str, int] | None = None
         """The sizes of the event files in a checkpoint that the trainer was restored from, until it continues."""
         self._is_taken = False
@@ -34,12 +36,12 @@ class RunFolder:
 
     def log(self, write: Write, if_resumed: bool = False) -> None:
         """Writes what is logged outside of steps; before a `fit` that resumes, only if `if_resumed`."""
-        if self.path is None or self._is_ours or not can_resume(self.path):
+        if self._written is None or self._is_ours or not can_resume(self._written):
             with self.owned():
                 write(self.events)
             return
         if not self._waiting:  # at the end of the program, if it never calls `fit`
-            weakref.finalize(self, _warn_of_unwritten, self._waiting, self.path)
+            weakref.finalize(self, _warn_of_unwritten, self._waiting, self._written)
         self._waiting.append((write, if_resumed))
 
     def take(self, resumes: bool) -> None:
@@ -48,7 +50,7 @@ class RunFolder:
         Args:
             resumes: Whether the run has a checkpoint. If not, everything that it has left is removed.
         """
-        if self.path is not None and not resumes and not self._is_ours:
+        if not resumes and not self._is_ours:
             self.events.remove()
         if self.resumed is not None:
             self.events.rewind(self.resumed)
@@ -69,11 +71,11 @@ class RunFolder:
         Raises:
             ValueError: Another process uses it, or it holds the run of another trainer.
         """
-        if self.path is None or self.events.owned:
+        if self._written is None or self.events.owned:
             yield
             return
         if not self._is_ours:
-            no_other_run(self.path, resume)
+            no_other_run(self._written, resume)
         with self.events.owning():
             yield
 

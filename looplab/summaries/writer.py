@@ -134,7 +134,8 @@ class RunWriter:
 
     def rewind(self, sizes: dict[str, int]) -> None:
         """Removes everything that was written since `sizes` was taken; what follows is written to new files."""
-        assert self._log_dir is not None
+        if self._log_dir is None:
+            return
         self._close(*self._open)
         found = self.sizes()
         for name, size in found.items():
@@ -147,7 +148,8 @@ class RunWriter:
 
     def remove(self) -> None:
         """Removes all event files of the run."""
-        assert self._log_dir is not None
+        if self._log_dir is None:
+            return
         self.rewind({})
         (self._log_dir / HPARAMS).unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ from looplab.state import RunState
 from looplab.summaries.folder import RunFolder
 from looplab.variables import Variables
 from looplab.warn import Warnings
+from looplab.workers import Workers
 
 
 class Bare:
@@ -27,7 +28,7 @@ class Bare:
         runner = StepRunner(
             self, objective, Variables(self, {"metrics": objective.compiled}), warnings, tf.distribute.get_strategy()
         )
-        self._looplab = Engine(runner, RunState(seed=0), RunFolder(log_dir), is_seeded=True)
+        self._looplab = Engine(runner, RunState(seed=0), RunFolder(log_dir), True, Workers(runner.strategy))
         self.model = None
         self.optimizer = objective.optimizer
         self.weight = tf.Variable(0.0)

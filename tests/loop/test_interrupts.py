@@ -8,6 +8,9 @@ import pytest
 import tensorflow as tf
 
 from looplab.loop.interrupts import Interrupted, Interrupts
+from looplab.workers import Workers
+
+ALONE = Workers(tf.distribute.get_strategy())
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def until(condition):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_the_graph_to_stop_and_ends_the_training(stop, number, capfd):
     before = signal.getsignal(number)
-    with Interrupts(stop, saves=True) as interrupts:
+    with Interrupts(stop, True, ALONE) as interrupts:
         interrupts.check()
         signal.raise_signal(number)
         assert until(lambda: bool(stop))
@@ -39,7 +42,7 @@ def test_a_signal_asks_the_graph_to_stop_and_ends_the_training(stop, number, cap
 
 def test_if_nothing_is_saved_only_ctrl_c_waits(stop):
     before = signal.getsignal(signal.SIGTERM)
-    with Interrupts(stop, saves=False) as interrupts:
+    with Interrupts(stop, False, ALONE) as interrupts:
         assert signal.getsignal(signal.SIGTERM) is before
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -49,7 +52,7 @@ def test_if_nothing_is_saved_only_ctrl_c_waits(stop):
 def test_ignored_signals_stay_ignored(stop):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with Interrupts(stop, saves=True) as interrupts:
+        with Interrupts(stop, True, ALONE) as interrupts:
             signal.raise_signal(signal.SIGTERM)
             interrupts.check()
     finally:
@@ -60,7 +63,7 @@ def test_other_threads_install_nothing(stop):
     found = []
 
     def train():
-        with Interrupts(stop, saves=True):
+        with Interrupts(stop, True, ALONE):
             found.append(signal.getsignal(signal.SIGTERM))
 
     before = signal.getsignal(signal.SIGTERM)

@@ -53,7 +53,7 @@ class Call:
         return self.store.newest().snapshot
 
     def interrupts(self):
-        return Interrupts(self.engine.tracer.stop, saves=True)
+        return Interrupts(self.engine.tracer.stop, True, self.engine.workers)
 
 
 @pytest.fixture
