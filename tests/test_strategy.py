@@ -245,6 +245,30 @@ def test_what_another_strategy_distributes_is_an_error(line, two_devices):
     trainer(**dict.fromkeys(every, False)).fit(*line, verbose=0)
 
 
+def test_a_trainer_has_the_strategy_of_its_model(line, tmp_path, two_devices):
+    """As in Keras, where only the model is created and compiled in the scope."""
+    found = []
+    for is_inside in (True, False):
+        keras.utils.set_random_seed(0)
+        with two_devices.scope():
+            net = keras.Sequential([keras.Input((4,)), layers.Dropout(0.5), layers.Dense(1)])
+            net.compile("adam", "mse", metrics=["mae"])
+            if is_inside:
+                trainer = looplab.Trainer(net, seed=0)
+        if not is_inside:
+            trainer = looplab.Trainer(net, seed=0, log_dir=tmp_path / "run")
+        assert trainer.strategy is two_devices
+        history = trainer.fit(*line, epochs=2, verbose=0, validation_data=line).history
+        found.append((history, trainer.evaluate(*line, verbose=0), trainer.predict(line[0], verbose=0).tolist()))
+    assert found[0] == found[1]
+    trainer = looplab.Trainer(net, seed=0, log_dir=tmp_path / "run")
+    trainer.fit(*line, epochs=2, verbose=0, resume=True, validation_data=line)
+    assert trainer.evaluate(*line, verbose=0) == found[0][1]
+    other = looplab.Trainer(net, optimizer=keras.optimizers.Adam(), seed=0)
+    with pytest.raises(ValueError, match="`optimizer` was created outside of any strategy's scope, and the trainer in"):
+        other.fit(*line, verbose=0)
+
+
 def test_accumulated_gradients_of_several_replicas_are_an_error(line, two_devices):
     with two_devices.scope():
         trainer = dense(optimizer=keras.optimizers.SGD(gradient_accumulation_steps=3))
