@@ -608,3 +608,15 @@ def test_synchronized_normalization_is_that_of_one_device(line, two_devices):
 
     x, y = (part[:73] for part in line)
     assert_replicas_equal_one_device(two_devices, create, x, y, validation_data=(x, y))
+
+
+def test_the_states_of_rows_stay_on_their_replica(two_devices):
+    x = np.random.default_rng(0).normal(size=(32, 5, 3)).astype("float32")
+    with two_devices.scope():
+        inner = layers.GRU(2, stateful=True)
+        net = keras.Sequential([keras.Input((5, 3), batch_size=4), inner, layers.Dense(1)])
+        trainer = looplab.Trainer(net, optimizer="adam", loss="mse", seed=0)
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, 0, :1])).batch(8, drop_remainder=True)
+    trainer.fit(data, verbose=0)
+    first, second = (part.numpy() for part in inner.states[0].value.values)
+    assert not np.isclose(first, second).any()
