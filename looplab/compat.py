@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src import losses, metrics
+from keras.src.backend.common import global_state
+from keras.src.random import seed_generator
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import data_adapter_utils
 from tensorflow.python.autograph.core import config as autograph
@@ -155,6 +157,24 @@ def sparse_tensor(value: Any) -> tf.SparseTensor | None:
     return data_adapter_utils.jax_sparse_to_tf_sparse(value) if data_adapter_utils.is_jax_sparse(value) else None
 
 
+@contextlib.contextmanager
+def drawing_from(seeds: keras.random.SeedGenerator | None) -> Iterator[None]:
+    """Inside it, in this thread, `keras.random` functions without a seed draw from `seeds`; None changes nothing.
+
+    Keras has a generator for each thread, and TensorFlow starts threads for the replicas of each step.
+    """
+    if seeds is None:
+        yield
+        return
+    name = seed_generator.GLOBAL_SEED_GENERATOR
+    before = global_state.get_global_attribute(name)
+    global_state.set_global_attribute(name, seeds)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(name, before)
+
+
 CALLBACK_OWN = ("params", "_model")
 """The attributes that a `CallbackList` sets on each callback."""
 
@@ -200,6 +220,14 @@ def is_function_graph(graph: Any) -> bool:
 def of_one_replica(spec: Any) -> Any:
     """The signature of what the first replica gets of a distributed value."""
     return spec._value_specs[0] if hasattr(spec, "_value_specs") else spec
+
+
+def of_all_replicas(variable: tf.Variable) -> Any:
+    """The variable that this variable of one replica belongs to; any other variable itself."""
+    if isinstance(variable, tf.distribute.DistributedValues):
+        return variable
+    found = (getattr(one, "_distributed_container", None) for one in (variable, variable.handle))
+    return next((container() for container in found if container is not None), variable)
 
 
 def parents(dataset: tf.data.Dataset) -> list[tf.data.Dataset]:

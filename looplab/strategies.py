@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,6 +42,46 @@ def running() -> tf.distribute.Strategy:
             f"the trainer in the scope of a `tf.distribute.MultiWorkerMirroredStrategy`, or unset TF_CONFIG."
         )
     return strategy
+
+
+def create(name: str) -> tf.distribute.Strategy:
+    """A strategy, in a process in which TensorFlow has not run anything yet.
+
+    Args:
+        name: "none": the one in whose scope this is called; "mirrored": all devices of this machine; "multi_worker":
+            those of all processes that TF_CONFIG names, or that Slurm has started in a job step.
+
+    Raises:
+        ValueError: The name is another one, or nothing names the workers.
+    """
+    if name == "none":
+        return tf.distribute.get_strategy()
+    if name == "mirrored":
+        return tf.distribute.MirroredStrategy()
+    if name != "multi_worker":
+        raise ValueError(f'`strategy` must be "none", "mirrored" or "multi_worker"; got {name!r}.')
+    if not _in_environment() and "SLURM_STEP_NODELIST" not in os.environ:
+        raise ValueError(
+            '`strategy` "multi_worker" needs the addresses of all workers: set TF_CONFIG in each, or start them with '
+            "Slurm's `srun`."
+        )
+    return _of_workers()
+
+
+@functools.cache
+def _of_workers() -> tf.distribute.Strategy:
+    """The strategy of this process, which TensorFlow connects with the others once."""
+    return tf.distribute.MultiWorkerMirroredStrategy(_resolver())
+
+
+def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver:
+    """What knows the addresses of the workers."""
+    if os.environ.get("TF_CONFIG"):
+        return tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    if shutil.which("nvidia-smi") and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return tf.distribute.cluster_resolver.SlurmClusterResolver()  # gives each worker of a node GPUs of its own
+    # Slurm has done so, or there are none, for which TensorFlow fails to count the workers of a node.
+    return tf.distribute.cluster_resolver.SlurmClusterResolver(gpus_per_node=10**6, gpus_per_task=1, auto_set_gpu=False)
 
 
 def check(strategy: tf.distribute.Strategy, found: Iterable[Held], trains: bool, jit_compile: bool) -> None:

@@ -19,6 +19,7 @@ from looplab.loop.fit import fit
 from looplab.loop.guard import Fault
 from looplab.loop.on_batch import OnBatch
 from looplab.loop.outputs import joined, listed, ordered
+from looplab.loop.replicas import in_scope_of_model
 from looplab.loop.resume import restore
 from looplab.steps import Steps
 from looplab.variables import to_numpy
@@ -63,6 +64,7 @@ class Trainer(Steps):
     steps_per_execution, jit_compile, run_eagerly = AsCompiled("auto"), AsCompiled(None), AsCompiled(None)
 
     @checks.named
+    @in_scope_of_model
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -270,10 +272,7 @@ class Trainer(Steps):
         self._looplab.runner.variables.set_weights(weights)
 
     def save_weights(self, filepath: str | Path, overwrite: bool = True) -> None:
-        """Writes `weights` to a file whose name ends in `.weights.h5`.
-
-        If one Keras model has them all, the file is the one that the model itself would write and load.
-        """
+        """Writes `weights` to a `.weights.h5` file; that of one Keras model is the one that the model would write."""
         self._looplab.runner.variables.saveable("save").save_weights(Path(filepath).expanduser(), overwrite=overwrite)
 
     def load_weights(self, filepath: str | Path) -> None:

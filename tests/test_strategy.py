@@ -61,9 +61,19 @@ def test_a_last_batch_may_leave_a_replica_without_rows(line, two_devices):
 def test_two_replicas_resume_to_the_same_bits(line, two_devices):
     x, y = (part[:25] for part in line)  # one replica has no rows of the last batch
 
+    class Noise(layers.Layer):  # from Keras's own generator
+        def call(self, x):
+            return x + 0.1 * keras.random.normal(tf.shape(x))
+
     def build(**options):
         with two_devices.scope():
-            inner = [layers.Dense(8, "relu"), layers.BatchNormalization(), layers.Dropout(0.5), layers.Dense(1)]
+            inner = [
+                layers.Dense(8, "relu"),
+                layers.BatchNormalization(),
+                layers.Dropout(0.5),
+                Noise(),
+                layers.Dense(1),
+            ]
             trainer = looplab.Trainer(
                 keras.Sequential(inner), optimizer=keras.optimizers.Adam(), loss="mse", metrics=["mae"], **options
             )
@@ -214,6 +224,30 @@ def test_what_another_strategy_distributes_is_an_error(line, two_devices):
             assert wrong.steps == 0
     trainer(**dict.fromkeys(every, True)).fit(*line, verbose=0)
     trainer(**dict.fromkeys(every, False)).fit(*line, verbose=0)
+
+
+def test_a_trainer_has_the_strategy_of_its_model(line, tmp_path, two_devices):
+    """As in Keras, where only the model is created and compiled in the scope."""
+    found = []
+    for is_inside in (True, False):
+        keras.utils.set_random_seed(0)
+        with two_devices.scope():
+            net = keras.Sequential([keras.Input((4,)), layers.Dropout(0.5), layers.Dense(1)])
+            net.compile("adam", "mse", metrics=["mae"])
+            if is_inside:
+                trainer = looplab.Trainer(net, seed=0)
+        if not is_inside:
+            trainer = looplab.Trainer(net, seed=0, log_dir=tmp_path / "run")
+        assert trainer.strategy is two_devices
+        history = trainer.fit(*line, epochs=2, verbose=0, validation_data=line).history
+        found.append((history, trainer.evaluate(*line, verbose=0), trainer.predict(line[0], verbose=0).tolist()))
+    assert found[0] == found[1]
+    trainer = looplab.Trainer(net, seed=0, log_dir=tmp_path / "run")
+    trainer.fit(*line, epochs=2, verbose=0, resume=True, validation_data=line)
+    assert trainer.evaluate(*line, verbose=0) == found[0][1]
+    other = looplab.Trainer(net, optimizer=keras.optimizers.Adam(), seed=0)
+    with pytest.raises(ValueError, match="`optimizer` was created outside of any strategy's scope, and the trainer in"):
+        other.fit(*line, verbose=0)
 
 
 def test_accumulated_gradients_of_several_replicas_are_an_error(line, two_devices):
@@ -418,13 +452,13 @@ def test_xla_is_an_error_on_several_devices(line, two_devices):
 
 
 class Noisy(looplab.Trainer):
-    """Draws from the trainer's generator, for a dropout mask, and in an inner `tf.function`."""
+    """Draws from the trainer's generator, in an inner `tf.function`, from Keras's generator, and for dropout masks."""
 
     def __init__(self, **options):
         super().__init__(keras.Sequential([keras.Input((4,)), layers.Dense(1)]), seed=0, **options)
         self.drop = layers.Dropout(0.5, seed=1)
         on_read = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
-        self.seen = tf.Variable(tf.zeros((2, 44)), trainable=False, **on_read)
+        self.seen = tf.Variable(tf.zeros((2, 46)), trainable=False, **on_read)
 
     @tf.function
     def normal(self):
@@ -432,7 +466,8 @@ class Noisy(looplab.Trainer):
 
     def drawn(self):
         kept = self.drop(tf.ones((40,)), training=True)
-        return tf.concat([keras.random.normal((2,), seed=self.seed_generator), self.normal(), kept], 0)
+        drawn = [keras.random.normal((2,), seed=self.seed_generator), self.normal(), keras.random.normal((2,))]
+        return tf.concat([*drawn, kept], 0)
 
     def train_step(self, batch):
         own = tf.one_hot(tf.distribute.get_replica_context().replica_id_in_sync_group, 2)
@@ -460,13 +495,29 @@ def test_each_replica_draws_numbers_of_its_own(line, two_devices, run_eagerly):
     for one, other in zip(*found, strict=True):
         np.testing.assert_equal(other, one)
     for first, second in (found[0][0], found[0][1]):
-        assert not np.isin(first[:4], second[:4]).any()
-        assert set(first[4:]) == set(second[4:]) == {0, 2}
-        assert 8 <= np.sum(first[4:] != second[4:]) <= 32  # of 40
+        assert not np.isin(first[:6], second[:6]).any()
+        assert set(first[6:]) == set(second[6:]) == {0, 2}
+        assert 8 <= np.sum(first[6:] != second[6:]) <= 32  # of 40
     for variable in (trainer.seed_generator.state, trainer.drop.seed_generator.state):
         one, other = (part.numpy().tolist() for part in variable.value.values)
         assert one == other
         assert one[1] >= 5
+    if not run_eagerly:
+        paths = trainer._looplab.runner.variables.by_path()
+        assert [path for path in paths if "stray" in path] == ["stray/0/replica-0", "stray/0/replica-1"]
+
+
+def test_evaluation_leaves_generators_of_tensorflow_alone(line, two_devices):
+    class Drawing(looplab.Trainer):
+        def test_step(self, batch):
+            return {"drawn": tf.reduce_mean(generator.normal((1,)))}
+
+    with two_devices.scope():
+        generator = tf.random.Generator.from_seed(1)
+        trainer = Drawing()
+    before = [part.numpy().tolist() for part in generator.state.values]
+    assert trainer.evaluate(line[0], verbose=0) == trainer.evaluate(line[0], verbose=0)
+    assert [part.numpy().tolist() for part in generator.state.values] == before
 
 
 class Tracking(looplab.Trainer):
@@ -538,3 +589,15 @@ def test_synchronized_normalization_is_that_of_one_device(line, two_devices):
 
     x, y = (part[:73] for part in line)
     assert_replicas_equal_one_device(two_devices, create, x, y, validation_data=(x, y))
+
+
+def test_the_states_of_rows_stay_on_their_replica(two_devices):
+    x = np.random.default_rng(0).normal(size=(32, 5, 3)).astype("float32")
+    with two_devices.scope():
+        inner = layers.GRU(2, stateful=True)
+        net = keras.Sequential([keras.Input((5, 3), batch_size=4), inner, layers.Dense(1)])
+        trainer = looplab.Trainer(net, optimizer="adam", loss="mse", seed=0)
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, 0, :1])).batch(8, drop_remainder=True)
+    trainer.fit(data, verbose=0)
+    first, second = (part.numpy() for part in inner.states[0].value.values)
+    assert not np.isclose(first, second).any()

@@ -23,8 +23,10 @@ from looplab.compat import accept_negative_numbers
 from looplab.data.named import DataError
 from looplab.loop.saving import COMMAND
 from looplab.paths import local_path
+from looplab.strategies import create
 from looplab.summaries.lock import InUseError
 from looplab.warn import say
+from looplab.workers import Workers
 
 
 def main(recipe: Callable[..., Recipe], argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -126,7 +128,8 @@ def _run(recipe: Callable[..., Recipe], words: dict[str, Any]) -> None:
     if "resume" in words:
         with usage_errors():
             folder = local_path("resume", *words["resume"])
-        words = read_config(recipe, folder)["asked"] | words
+            workers = Workers(create(*words.get("strategy", ["none"])))
+        words = workers.of_chief(lambda: read_config(recipe, folder))["asked"] | words
     options = to_options(recipe, words)
     is_summary, pictures = options.pop("summary", False), options.pop("predict", None)
     if not is_summary and pictures is None:

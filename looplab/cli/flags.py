@@ -27,6 +27,8 @@ class _Common:
         weights: .weights.h5 file to start from
         precision: Keras's policy for all layers; the mixed ones compute in 16 bits, faster if hardware supports it
         plot: PNG file for a copy of curves.png
+        strategy: mirrored: train on all devices of this machine; multi_worker: on those of all processes that TF_CONFIG
+            or Slurm names
         summary: print the layers and their output shapes, and exit
         predict: print the class of each PNG or JPEG file, using --weights, and exit
         verbose: 0: nothing; 1 or auto: a progress bar; 2: a line for each epoch
@@ -42,6 +44,7 @@ class _Common:
     weights: str | None = None
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     plot: str | None = None
+    strategy: Literal["none", "mirrored", "multi_worker"] = "none"
     summary: bool = False
     predict: list[str] | None = None
     verbose: Literal["auto", 0, 1, 2] = "auto"
@@ -50,7 +53,7 @@ class _Common:
     jit_compile: bool = False
 
 
-PROCESS = ("log_dir", "resume", "plot", "verbose", "summary", "predict")
+PROCESS = ("log_dir", "resume", "plot", "verbose", "strategy", "summary", "predict")
 """The flags of one process, which a resumed run does not keep."""
 _PASSED_ON = {"seed", "log_dir", "steps_per_execution", "run_eagerly", "jit_compile"}  # a recipe may list them
 IN_CONFIG = {"recipe", "optimizers", "data_source", "environment", "asked"}

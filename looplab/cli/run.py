@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -25,8 +26,10 @@ from looplab.cli.flags import to_options, to_words
 from looplab.cli.make import make, precision_policy
 from looplab.cli.recipe import Recipe, UsageError, defaults, full_name, usage_errors
 from looplab.paths import local_path
+from looplab.strategies import create
 from looplab.summaries.lock import no_other_run
 from looplab.warn import say
+from looplab.workers import Workers
 
 
 def run(
@@ -39,6 +42,7 @@ def run(
     precision: str | None = None,
     plot: str | Path | None = None,
     verbose: int | str = "auto",
+    strategy: str = "none",
     **options: Any,
 ) -> Recipe:
     """Runs a recipe from Python or a notebook as its command line does, and returns it, trained.
@@ -58,16 +62,23 @@ def run(
             scales losses.
         plot: A PNG file for a copy of `curves.png`.
         verbose: As in `Trainer.fit`; with 0 the report is not printed either.
+        strategy: Where the recipe's models and trainer are created: "mirrored", on all devices of this machine;
+            "multi_worker", on those of all processes that TF_CONFIG or Slurm names, each of which calls this function
+            before TensorFlow runs anything, and the first of which writes the files; "none", where the caller is.
         options: The recipe function's own, and the `Trainer`'s.
     """
     start = time.time()
+    with usage_errors():
+        scope = create(strategy)
+    workers = Workers(scope)
     given = {"seed": seed, "weights": None if weights is None else str(weights), "precision": precision}
     options |= {name: value for name, value in given.items() if value is not None}
     with usage_errors():
-        folder, plot = _folder(recipe, log_dir, resume), None if plot is None else _plot(local_path("plot", plot))
+        folder = workers.of_chief(lambda: _folder(recipe, log_dir, resume))
+        plot = None if plot is None or not workers.is_chief else _plot(local_path("plot", plot))
     asked, before = to_words(recipe, options), None
     if resume is not None:
-        before = files.read_config(recipe, folder)
+        before = workers.of_chief(lambda: files.read_config(recipe, folder))
         kept = {name: words for name, words in before["asked"].items() if name not in options}
         options = to_options(recipe, kept) | options
         asked = before["asked"] | asked
@@ -75,8 +86,9 @@ def run(
     arguments["seed"] = arguments["seed"] or 0
     arguments.pop("log_dir", None)  # the recipe's default
     own = {name: value for name, value in options.items() if name not in ("seed", "precision", "weights")}
-    with precision_policy(arguments["precision"]):
-        made = make(recipe, arguments["seed"], log_dir=folder, **own)
+    with precision_policy(arguments["precision"]), tempfile.TemporaryDirectory() as dropped:
+        with scope.scope():
+            made = make(recipe, arguments["seed"], log_dir=folder, **own)
         for name in ("epochs", "batch_size"):  # the recipe may have chosen them
             arguments[name] = getattr(made, name) if arguments.get(name) is None else arguments[name]
         config = {
@@ -88,16 +100,17 @@ def run(
             "environment": files.environment(recipe),
             "asked": asked,
         }
-        process = _Process(made, folder, arguments, config, start)
+        process = _Process(made, folder if workers.is_chief else Path(dropped), arguments, config, start)
         if before is not None:
-            files.check_same(before, config, options, folder)
-            past = files.read_json(folder / files.TIMINGS)
+            workers.of_chief(lambda: files.check_same(before, config, options, folder))
+            past = workers.of_chief(lambda: files.read_json(folder / files.TIMINGS))
             if made.epochs <= past.get("finished_epochs", 0):
                 done = max(map(len, files.read_json(folder / files.HISTORY).values()), default=0)
                 say(f"looplab: {folder} already has {done} of {made.epochs} epochs: left as it is.")
-                made.build(folder / files.WEIGHTS)
+                made.build(folder / files.WEIGHTS if workers.is_chief else None)
+                made.trainer.set_weights(workers.of_chief(made.trainer.get_weights))
                 return made
-            saved = Store(folder / "checkpoints", Checkpoint()).paths()
+            saved = workers.of_chief(Store(folder / "checkpoints", Checkpoint()).paths)
             process.past_steps = steps_and_epochs(saved[0])[0] if saved else 0
             process.past_seconds = past.get("total_seconds", 0.0)
         if arguments["weights"] is not None and not process.past_steps:
@@ -149,6 +162,7 @@ class _Process:
 
     made: Recipe
     folder: Path
+    """Where it writes; what a worker other than the first writes is dropped."""
     arguments: dict[str, Any]
     config: dict[str, Any]
     start: float

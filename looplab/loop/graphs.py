@@ -105,8 +105,9 @@ def written(operations: Iterable[tf.Operation]) -> set[int]:
 
 
 def captured(function: Any) -> list[tf.Variable]:
-    """All variables that a traced function uses, in the order of their use."""
-    by_handle = {id(variable.handle): variable for variable in function.graph.variables}
+    """All variables that a traced function uses, in the order of their use; with replicas, those of each."""
+    parts = (part for variable in function.graph.variables for part in getattr(variable, "values", [variable]))
+    by_handle = {id(part.handle): part for part in parts}
     used = (by_handle.get(id(external)) for external, _ in function.graph.captures)
     return [variable for variable in used if variable is not None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from looplab.compat import KERAS_TRAINER
 from looplab.variables import whole
 
 _APART = 0x9E3779B1  # odd and large: seeds of people differ by less
@@ -89,6 +91,20 @@ def counted(value: Any, part: Any) -> Any:
     return tf.where(part > 0, value, tf.zeros_like(value)) if tf.is_tensor(part) else value
 
 
+def in_scope_of_model(create: Callable[..., None]) -> Callable[..., None]:
+    """A trainer's constructor that runs in the scope in which its Keras model was created, if it is called in none."""
+
+    @functools.wraps(create)
+    def created(trainer: Any, *args: Any, **options: Any) -> None:
+        model, here = options.get("model", args[0] if args else None), tf.distribute.get_strategy()
+        strategy = model.distribute_strategy if isinstance(model, KERAS_TRAINER) else here
+        is_elsewhere = strategy is not here and not tf.distribute.has_strategy()
+        with strategy.scope() if is_elsewhere else contextlib.nullcontext():
+            create(trainer, *args, **options)
+
+    return created
+
+
 def is_mean_of_rows(metric: keras.Metric, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a metric is updated with one number of a replica, such as its loss, which must count by its part."""
     is_plain = type(metric) is keras.metrics.Mean and len(args) == 1 and not kwargs
@@ -139,7 +155,7 @@ def settle(
             if id(variable) in before:
                 variable.assign(before[id(variable)])
 
-    if tf.is_tensor(rows):
+    if parts and tf.is_tensor(rows):
         tf.cond(rows > 0, lambda: None, undo)
 
 

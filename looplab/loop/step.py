@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.compat import converted, trained_by, with_rates
+from looplab.compat import converted, drawing_from, trained_by, with_rates
 from looplab.loop import context, plausible, replicas, step_checks
 from looplab.loop.graphs import creating_ahead
 from looplab.loop.guard import NO_ROWS, Guard
@@ -94,6 +94,8 @@ class StepRunner:
         self.eager_lock = threading.RLock()
         """Held while steps run eagerly, or read what they change: evaluations then use the variables themselves."""
         self.batch_metrics = BatchMetrics()
+        self.seeds: keras.random.SeedGenerator | None = None
+        """With several replicas, of `keras.random` functions without a seed."""
         self.fused_updates = False
         """Whether TensorFlow's fused kernels update large variables."""
         self.class_weights: ClassWeights | None = None
@@ -120,7 +122,7 @@ class StepRunner:
             self._rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
             step.trains, step.is_fused = self.prepare, self.fused_updates
         assert step.metrics is not None
-        with context.running(step):
+        with context.running(step), drawing_from(self.seeds):
             step.ledger.start(trainer.trainable_variables)
             guard.start()
             known = examples(batch, guard.report, signature)
@@ -157,8 +159,14 @@ class StepRunner:
 
     def predict(self, function: Callable[[Any], Any], batch: Any) -> Any:
         """Runs a prediction step; what it logs is forgotten."""
-        with context.running(context.Step("predict", self.guard, None, {})):
+        with context.running(context.Step("predict", self.guard, None, {})), drawing_from(self.seeds):
             return converted(function)(batch)
+
+    def create_seeds(self) -> None:
+        """Creates `seeds`, if there are several replicas: a step can create no variables that all of them share."""
+        if self.seeds is None and self.strategy.num_replicas_in_sync > 1:
+            with self.strategy.scope():
+                self.seeds = keras.random.SeedGenerator(self.trainer.seed, name="seeds")
 
     def new_step(self, kind: str) -> context.Step:
         """A step that has not recorded anything yet."""

@@ -14,13 +14,14 @@ import keras
 import tensorflow as tf
 
 from looplab import strategies
-from looplab.compat import all_layers, learning_rate, of_one_replica
+from looplab.compat import all_layers, learning_rate, of_all_replicas, of_one_replica
 from looplab.data.batches import changes
 from looplab.data.randomness import random_operations
 from looplab.loop.compiled import Compiled
 from looplab.loop.errors import raise_own
 from looplab.loop.predictor import Predictor
 from looplab.loop.step import StepRunner
+from looplab.variables import plain
 from looplab.walk import OURS
 from looplab.warn import warn
 
@@ -102,6 +103,7 @@ class Tracer:
                     return trace.compiled
             found, jit_compile = self._runner.variables.walk(), bool(trainer.jit_compile)
             strategies.check(self._runner.strategy, found, kind == "train", jit_compile)
+            self._runner.create_seeds()
             self._warn_of_retraces(kind, element_spec)
             is_first = not self._traces
             try:
@@ -184,10 +186,10 @@ class Tracer:
         TensorFlow's random operations cannot.
         """
         runner = self._runner
-        if runner.strategy.num_replicas_in_sync > 1:
-            return  # there the graph has other variables, those of the replicas
-        own = (*runner.guard.variables, *runner.batch_metrics.variables)
-        runner.variables.find_strays(kind, loop.written, loop.used, but=own)
+        own = [*runner.guard.variables, *runner.batch_metrics.variables]
+        # With several replicas, the graph has the variables of each.
+        written, used, own = ([plain(of_all_replicas(v)) for v in found] for found in (loop.written, loop.used, own))
+        runner.variables.find_strays(kind, written, used, but=own)
         if kind == "train" and runner.trainer.log_dir is not None and loop.graph is not None:
             found = random_operations(loop.graph)
             if found:
