@@ -58,19 +58,32 @@ CASES = {
 }
 
 
-def table(strategy, log_dir):
+class Losses(keras.callbacks.Callback):
+    """Those of all steps."""
+
+    async_safe = True
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.values.append(logs["loss"])
+
+
+def table(strategy, cases=CASES):
     """By case, the losses of all steps, and by another name the weights after them."""
     found = {}
-    for case, (kind, optimizer, is_weighted) in CASES.items():
+    for case in cases:
+        kind, optimizer, is_weighted = CASES[case]
         keras.utils.set_random_seed(0)
         with scope(strategy):
             net = keras.Sequential([keras.Input((4,)), layers.Dense(8, "tanh"), layers.Dense(1)])
-            folder = log_dir / case
-            trainer = kind(net, optimizer=optimizer(), loss="mse", seed=0, log_dir=folder, checkpoint=None)
+            trainer, losses = kind(net, optimizer=optimizer(), loss="mse", seed=0), Losses()
         for rows in ROWS:
             weights = WEIGHTS[:rows] if is_weighted else None
-            trainer.fit(X[:rows], Y[:rows], sample_weight=weights, batch_size=BATCH, verbose=0)
-        found[case] = read_scalars(folder / "train")["batch_loss"][1]
+            trainer.fit(X[:rows], Y[:rows], sample_weight=weights, batch_size=BATCH, verbose=0, callbacks=[losses])
+        found[case] = np.array(losses.values)
         found[f"weights: {case}"] = np.concatenate([weight.ravel() for weight in trainer.get_weights()])
     return found
 
@@ -83,6 +96,14 @@ class Stop(keras.callbacks.Callback):
 
 def losses(strategy, log_dir, resume=False, callbacks=()):
     """Those of 80 steps, in epochs of 20 with an uneven last batch; of a run that may resume one of other replicas."""
+    train(strategy, log_dir, resume, callbacks)
+    steps, values = read_scalars(log_dir / "train")["batch_loss"]
+    assert steps.tolist() == [*range(1, 81)]
+    return values
+
+
+def train(strategy, log_dir, resume=False, callbacks=()):
+    """The run of `losses`."""
     rows = 19 * BATCH + 7
     keras.utils.set_random_seed(0)
     with scope(strategy):
@@ -97,9 +118,6 @@ def losses(strategy, log_dir, resume=False, callbacks=()):
             checkpoint=looplab.Checkpoint(every=30),
         )
     trainer.fit(X[:rows], Y[:rows], batch_size=BATCH, epochs=4, verbose=0, resume=resume, callbacks=list(callbacks))
-    steps, values = read_scalars(log_dir / "train")["batch_loss"]
-    assert steps.tolist() == [*range(1, 81)]
-    return values
 
 
 def interrupted(strategy, *folders):
@@ -119,7 +137,7 @@ def of_four(folder):
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
     strategy = tf.distribute.MirroredStrategy([f"CPU:{index}" for index in range(4)])
-    found = table(strategy, folder / "four")
+    found = table(strategy)
     found["continued"] = losses(strategy, folder / "2 to 4", resume=True)
     interrupted(strategy, folder / "4 to 2")
     found["whole"] = losses(strategy, folder / "whole on 4")
@@ -144,8 +162,8 @@ def four(folder):
 
 
 @pytest.fixture(scope="module")
-def one(folder):
-    return table(None, folder / "one")
+def one():
+    return table(None)
 
 
 @pytest.fixture(scope="module")
@@ -153,22 +171,22 @@ def whole_on_two(folder, two_devices):
     return losses(two_devices, folder / "whole on 2")
 
 
-def assert_equal_but_for_rounding(found, expected):
-    for case in CASES:
+def assert_equal_but_for_rounding(found, expected, cases=CASES):
+    for case in cases:
         assert len(expected[case]) == 200
         np.testing.assert_allclose(found[case], expected[case], rtol=2e-6, err_msg=case)
         weights = f"weights: {case}"
         np.testing.assert_allclose(found[weights], expected[weights], rtol=0, atol=2e-6, err_msg=weights)
 
 
-def test_one_replica_computes_the_same_bits(folder, one):
-    found = table(tf.distribute.MirroredStrategy(["CPU:0"]), folder / "alone")
+def test_one_replica_computes_the_same_bits(one):
+    found = table(tf.distribute.MirroredStrategy(["CPU:0"]))
     for name, values in one.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
-def test_two_replicas_compute_what_one_device_computes(folder, one, two_devices):
-    assert_equal_but_for_rounding(table(two_devices, folder / "two"), one)
+def test_two_replicas_compute_what_one_device_computes(one, two_devices):
+    assert_equal_but_for_rounding(table(two_devices), one)
 
 
 def test_four_replicas_compute_what_one_device_computes(one, four):

@@ -130,7 +130,7 @@ class Engine:
         while not self.is_over(kind, batches, progress):
             done = progress.batches
             left = None if batches.steps is None else batches.steps - done
-            asked = int(self.workers.each(pace.next(*(n for n in (left, most) if n is not None)))[0, 0])
+            asked = int(self.workers.each(pace.next(*(n for n in (left, most) if n is not None))).min())
             if asked == 1:  # with more, these hooks are called when the call has returned
                 with self.costs.of("callbacks"):
                     begin_batch(kind, hooks, done)
