@@ -78,7 +78,7 @@ def validation_freq(value: Any) -> int | list[int]:
 
 
 def steps_per_execution(value: Any) -> int | str:
-    """ "auto", or a whole number as a Python int."""
+    """A Python int, or "auto"."""
     is_auto = isinstance(value, str) and value == "auto"
     return value if is_auto else whole(1, "steps_per_execution", value, '"auto" or ')
 

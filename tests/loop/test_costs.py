@@ -12,7 +12,6 @@ import looplab
 from looplab.loop.costs import REMEDIES, Costs
 from looplab.testing import read_scalars
 
-
 ACTIVITIES = ["steps", *REMEDIES, "tracing", "other"]
 
 
