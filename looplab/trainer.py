@@ -43,7 +43,7 @@ class Trainer(Steps):
         jit_compile: Whether XLA compiles the step, which "auto" does not; by default if `model` is compiled with True.
         run_eagerly: Whether Python runs the step line by line, for debugging: slow. By default as `model` is compiled.
         checkpoint: When to save all state to `log_dir/checkpoints`, and what to keep; None saves nothing.
-        fused_updates: Whether TensorFlow's kernels update large variables of `Adam`, equal to Keras's up to rounding.
+        fused_updates: Whether TensorFlow's kernels update large variables of `Adam`; they round otherwise than Keras.
         profile_steps: The first and the last training step of a profile for TensorBoard, such as (100, 120).
 
     Example:

@@ -14,9 +14,10 @@ _LEAST = 10**5
 
 
 class FusedUpdates:
-    """The updates of one step by `Adam` and `AdamW`, which equal Keras's up to rounding.
+    """The updates of one step by `Adam` and `AdamW`, each of which equals Keras's up to rounding.
 
-    Both keep their averages in the same variables as without, so that checkpoints and saved models do not depend on it.
+    Training amplifies the difference, like any change of rounding. Both keep their averages in the same variables as
+    without, so that checkpoints and saved models do not depend on it.
     """
 
     def __init__(self) -> None:
