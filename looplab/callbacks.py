@@ -19,7 +19,35 @@ from looplab.warn import say
 __all__ = ["EpochLine", "Pictures", "ProgressBar", "tile", "write_png"]
 
 
-class ProgressBar(keras.callbacks.Callback):
+class _Shown(keras.callbacks.Callback):
+    """Shows a line for each epoch, and below it what took time that it should not.
+
+    Args:
+        costs: The `Costs` of the training.
+    """
+
+    stateless = True
+
+    def __init__(self, costs: Any = None):
+        super().__init__()
+        self._costs = costs
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._show_costs()  # of the last epoch
+
+    def on_train_end(self, logs=None):
+        self._show_costs()
+
+    def _show_costs(self) -> None:
+        for line in self._costs.warnings if self._costs else ():
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints a line."""
+        say(line)
+
+
+class ProgressBar(_Shown):
     """A line for each epoch: its loss and metrics, steps per second, and the time left.
 
     During the epoch, the line shows the means over its steps so far. When the epoch has ended, its own values replace
@@ -28,13 +56,19 @@ class ProgressBar(keras.callbacks.Callback):
     """
 
     async_safe = True
-    stateless = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, costs: Any = None):
+        super().__init__(costs)
         self._bars: list[tuple[tqdm, dict[str, float]]] = []
+        self._is_shown = False
+
+    def say(self, line: str) -> None:
+        """Prints a line where the bar was, if there was one."""
+        if self._is_shown:
+            tqdm.write(line, sys.stderr)
 
     def on_epoch_begin(self, epoch, logs=None):  # noqa: D102
+        super().on_epoch_begin(epoch, logs)
         self._open(f"epoch {epoch + 1}/{self.params['epochs']}", self.params["steps"], leave=True)
 
     def on_train_batch_end(self, batch, logs=None):  # noqa: D102
@@ -55,6 +89,7 @@ class ProgressBar(keras.callbacks.Callback):
     def _open(self, text: str, steps: int | None, leave: bool) -> None:
         bar = tqdm(desc=text, total=steps, unit="step", disable=None, leave=leave, file=sys.stderr, dynamic_ncols=True)
         self._bars.append((bar, {}))
+        self._is_shown = not bar.disable
 
     def _advance(self, logs: dict[str, float]) -> None:
         bar, sums = self._bars[-1]
@@ -68,8 +103,7 @@ class ProgressBar(keras.callbacks.Callback):
         bar, _ = self._bars.pop()
         if not bar.disable and bar.leave:
             values, columns = shown(logs or {}), bar.format_dict["ncols"] or math.inf
-            costs = self.params.get("costs")
-            bar.bar_format = f"{{desc}}{{postfix}} [{{n_fmt}} in {{elapsed}}, {{rate_fmt}}]{_warning(costs)}"
+            bar.bar_format = "{desc}{postfix} [{n_fmt} in {elapsed}, {rate_fmt}]"
             bar.set_postfix(values, refresh=False)
             while len(str(bar)) >= columns and len(values) > 2:  # a number that is cut off looks like another one
                 values.popitem()
@@ -79,14 +113,12 @@ class ProgressBar(keras.callbacks.Callback):
         bar.close()
 
 
-class EpochLine(keras.callbacks.Callback):
+class EpochLine(_Shown):
     """Prints a line for each epoch (`verbose=2`)."""
-
-    stateless = True
 
     def on_epoch_end(self, epoch, logs=None):  # noqa: D102
         values = " - ".join(f"{name}: {value}" for name, value in shown(logs or {}).items())
-        say(f"epoch {epoch + 1}/{self.params['epochs']} - {values}{_warning(self.params.get('costs'))}")
+        say(f"epoch {epoch + 1}/{self.params['epochs']} - {values}")
 
 
 class Pictures(keras.callbacks.Callback):
@@ -127,11 +159,6 @@ def hooked_to_batches(callbacks: Iterable[keras.callbacks.Callback], kind: str) 
     """The callbacks that act on each batch; `kind` is "train", "test" or "predict"."""
     names = [f"on_{kind}_batch_begin", f"on_{kind}_batch_end", "on_batch_begin", "on_batch_end"]
     return [callback for callback in callbacks if any(_overrides(callback, name) for name in names)]
-
-
-def _warning(costs: Any) -> str:
-    """The warning of the `Costs` of a training, behind a space; "" without any."""
-    return f" {costs.warning}" if costs is not None and costs.warning else ""
 
 
 def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:

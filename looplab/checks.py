@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -76,10 +77,31 @@ def validation_freq(value: Any) -> int | list[int]:
     return whole(1, "validation_freq", value)
 
 
-def steps_per_execution(value: Any) -> None:
-    """Requires "auto" or a whole number."""
-    if value != "auto":
-        whole(1, "steps_per_execution", value, '"auto" or ')
+def steps_per_execution(value: Any) -> int | str:
+    """A Python int, or "auto"."""
+    is_auto = isinstance(value, str) and value == "auto"
+    return value if is_auto else whole(1, "steps_per_execution", value, '"auto" or ')
+
+
+def yes_or_no(name: str, value: Any, *others: str | None) -> Any:
+    """A Python bool, or one of the other values."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if not any(value is other or (isinstance(value, str) and value == other) for other in others):
+        *first, last = ("True", "False", *(json.dumps(o) if isinstance(o, str) else repr(o) for o in others))
+        raise ValueError(f"`{name}` must be {', '.join(first)} or {last}; got {value!r}.")
+    return value
+
+
+def jit_compile(value: Any) -> bool | None:
+    """A Python bool or None; "auto" is False, as it is for a model that is compiled with it."""
+    checked = yes_or_no("jit_compile", value, None, "auto")
+    return False if checked == "auto" else checked
+
+
+def run_eagerly(value: Any) -> bool | None:
+    """A Python bool or None."""
+    return yes_or_no("run_eagerly", value, None)
 
 
 def resume(value: Any, log_dir: Path | None) -> None:

@@ -79,16 +79,18 @@ class AsCompiled:
 
     Args:
         default: Stands for the setting of the model.
+        checked: Returns what was assigned, or raises an error.
     """
 
-    def __init__(self, default: str | None):
+    def __init__(self, default: str | None, checked: Callable[[Any], Any]):
         self.default = default
+        self.checked = checked
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __set__(self, trainer: Any, value: Any) -> None:
-        vars(trainer)[self._name] = value
+        vars(trainer)[self._name] = self.checked(value)
 
     def __get__(self, trainer: Any, owner: type) -> Any:
         if trainer is None:

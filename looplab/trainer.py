@@ -41,10 +41,10 @@ class Trainer(Steps):
         seed: Of the order of the data and of `seed_generator`; by default from Python's `random`, as in Keras's layers.
         steps_per_execution: Steps per graph call, which never change a result; by default as `model` is compiled, where
             1 counts as "auto", which returns to Python about five times a second.
-        jit_compile: Whether XLA compiles the step; by default whether `model` is compiled with True.
+        jit_compile: Whether XLA compiles the step, which "auto" does not; by default if `model` is compiled with True.
         run_eagerly: Whether Python runs the step line by line, for debugging: slow. By default as `model` is compiled.
         checkpoint: When to save all state to `log_dir/checkpoints`, and what to keep; None saves nothing.
-        fused_updates: Whether TensorFlow's kernels update large variables of `Adam`, equal to Keras's up to rounding.
+        fused_updates: Whether TensorFlow's kernels update large variables of `Adam`; they round otherwise than Keras.
         profile_steps: The first and the last training step of a profile for TensorBoard, such as (100, 120).
 
     Example:
@@ -61,7 +61,8 @@ class Trainer(Steps):
         (8, 1)
     """
 
-    steps_per_execution, jit_compile, run_eagerly = AsCompiled("auto"), AsCompiled(None), AsCompiled(None)
+    steps_per_execution = AsCompiled("auto", checks.steps_per_execution)
+    jit_compile, run_eagerly = AsCompiled(None, checks.jit_compile), AsCompiled(None, checks.run_eagerly)
 
     @checks.named
     @in_scope_of_model
@@ -78,25 +79,24 @@ class Trainer(Steps):
         log_dir: str | Path | None = None,
         seed: int | None = None,
         steps_per_execution: int | str = "auto",
-        jit_compile: bool | None = None,
+        jit_compile: bool | str | None = None,
         run_eagerly: bool | None = None,
         checkpoint: Checkpoint | None = Checkpoint(),
         fused_updates: bool = False,
         profile_steps: tuple[int, int] | None = None,
     ):
-        checks.steps_per_execution(steps_per_execution)
+        self.steps_per_execution, self.jit_compile, self.run_eagerly = steps_per_execution, jit_compile, run_eagerly
         checks.checkpoint(checkpoint, Checkpoint, log_dir)
         self.model = checks.model(model)
         given = {"optimizer": optimizer, "loss": loss, "loss_weights": loss_weights, "metrics": metrics}
         given |= {"weighted_metrics": weighted_metrics, "auto_scale_loss": auto_scale_loss}
+        fused, profiled = checks.yes_or_no("fused_updates", fused_updates), checks.profile_steps(profile_steps, log_dir)
         engine = self._looplab = Engine.of(self, {n: v for n, v in given.items() if v is not None}, log_dir, seed)
-        engine.on_batch, engine.profile_steps = OnBatch(engine), checks.profile_steps(profile_steps, log_dir)
-        engine.runner.fused_updates = bool(fused_updates)
+        engine.on_batch, engine.profile_steps, engine.runner.fused_updates = OnBatch(engine), profiled, fused
         self.optimizer = engine.runner.objective.optimizer
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         """For the random numbers of a step."""
         self.checkpoint = checkpoint
-        self.steps_per_execution, self.jit_compile, self.run_eagerly = steps_per_execution, jit_compile, run_eagerly
         self.history: keras.callbacks.History | None = None
         """That of the last `fit`."""
         self.stop_training = False

@@ -833,6 +833,21 @@ ERRORS = {
         for value in (0, -1, True, 1.5, None, "fast")
     },
     **{
+        f"{name}={value}": (
+            ValueError,
+            [f"`{name}` must be True, False{others}; got {value!r}."],
+            lambda _, name=name, value=value: looplab.Trainer(functional(), **{name: value}),
+        )
+        for (name, others), value in itertools.product(
+            (("jit_compile", ', None or "auto"'), ("run_eagerly", " or None")), ("no", 1, 0.5, [])
+        )
+    },
+    "fused_updates=yes": (
+        ValueError,
+        ["`fused_updates` must be True or False; got 'yes'."],
+        lambda _: looplab.Trainer(functional(), fused_updates="yes"),
+    ),
+    **{
         f"learning_rate={rate}": (
             ValueError,
             ["`learning_rate` of `optimizer`", "finite number of at least 0", f"got {rate}"],

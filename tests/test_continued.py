@@ -249,16 +249,20 @@ def test_flags_and_python_resume_each_other(tmp_path):
     def flags(*words):
         looplab.main(small, [*map(str, words), "--verbose", "0"])
 
-    flags("--log-dir", tmp_path / "run", "--layers", 5, 6, 7, "--width=4", "--jit-compile", "--checkpoint-every", 2)
+    words = "--layers 5 6 7 --width=4 --jit-compile --checkpoint-every 2 --profile-steps 1 2"
+    flags("--log-dir", tmp_path / "run", *words.split())
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["asked"] == {
         "layers": ["5", "6", "7"],
         "width": ["4"],
         "jit_compile": ["True"],
         "checkpoint.every": ["2"],
+        "profile_steps": ["1", "2"],
     }
+    assert len(list((tmp_path / "run" / "train" / "plugins" / "profile").glob("*/*.xplane.pb"))) == 1
     assert (config["width"], config["layers"], config["jit_compile"]) == (4, [5, 6, 7], True)
     saved = looplab.run(small, resume=tmp_path / "run", epochs=2, verbose=0)
+    assert "profile_steps" not in json.loads((tmp_path / "run" / "config.json").read_text())["asked"]
     assert saved.trainer.steps == 8
     assert saved.trainer.jit_compile
     assert saved.trainer.checkpoint.every == 2

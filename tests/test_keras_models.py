@@ -132,6 +132,16 @@ def test_settings_of_a_trainer_take_precedence():
     assert not looplab.Trainer(compiled(jit_compile=True), jit_compile=False).jit_compile
 
 
+def test_auto_is_no_xla_and_other_settings_are_errors():
+    trainer = looplab.Trainer(compiled(jit_compile=True), jit_compile="auto")
+    assert trainer.jit_compile is False
+    trainer.jit_compile = np.True_
+    for name, value in (("jit_compile", "no"), ("run_eagerly", 1), ("steps_per_execution", 0)):
+        with pytest.raises(ValueError, match=f"`{name}` must be .*; got {value!r}"):
+            setattr(trainer, name, value)
+    assert (trainer.jit_compile, trainer.run_eagerly, trainer.steps_per_execution) == (True, False, "auto")
+
+
 def test_settings_follow_when_the_model_is_compiled_again():
     settings = {"run_eagerly": True, "steps_per_execution": 3}
     model = compiled()

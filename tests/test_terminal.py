@@ -10,6 +10,10 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
+from looplab.loop.costs import REMEDIES
+
 SCRIPT = """
 import keras, numpy as np, looplab
 
@@ -24,6 +28,20 @@ looplab.main(build, [])
 looplab.main(build, ["--metrics", "0"])
 del __file__  # as in a notebook
 looplab.main(build, ["--verbose", "0"])
+"""
+
+
+SLOW = """
+import sys, time, keras, numpy as np, looplab
+
+class Slow(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        time.sleep(1.5)
+
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+trainer = looplab.Trainer(model, optimizer="sgd", loss="mse")
+x = np.ones((8, 2), "float32")
+trainer.fit(x, x[:, :1], epochs=2, callbacks=[Slow()], verbose=int(sys.argv[1]))
 """
 
 
@@ -67,3 +85,15 @@ def test_a_finished_epoch_shows_loss_and_val_loss_at_80_columns(tmp_path):
         values = ", ".join(f"{name}={history[name][index % 2]:.4g}" for name in ("loss", "val_loss"))
         assert line.startswith(f"epoch {index % 2 + 1}/2, {values} [7 in 00:")
     assert len(list((tmp_path / "logs" / "build").iterdir())) == 1
+
+
+@pytest.mark.parametrize("verbose", ["1", "2"])
+def test_what_took_long_has_a_line_of_its_own_below_that_of_the_epoch(tmp_path, verbose):
+    (tmp_path / "slow.py").write_text(SLOW)
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    lines = lines_of_a_terminal([sys.executable, "slow.py", verbose], 80, cwd=tmp_path, env=environment)
+    shown = [line for line in lines if line.startswith(("epoch", "looplab"))]
+    remark = rf"looplab: \d+% of the epoch went to {REMEDIES['callbacks']}\."
+    for line, pattern in zip(shown, ["epoch 1/2", remark, "epoch 2/2", remark], strict=True):
+        assert re.match(pattern, line)
+    assert max(len(line) for line in shown if line.startswith("epoch")) < 80

@@ -27,7 +27,7 @@ from looplab.warn import say
 CONFIG, HISTORY, TIMINGS, WEIGHTS = "config.json", "history.json", "timings.json", "model.weights.h5"
 RUN_FILES = (CONFIG, HISTORY, TIMINGS, WEIGHTS, "report.txt", "report.json")
 _NOT_ARGUMENTS = (*IN_CONFIG, "log_dir")
-_CHANGES_NO_RESULT = ("steps_per_execution", "run_eagerly", "checkpoint", "data_dir")
+_CHANGES_NO_RESULT = ("steps_per_execution", "run_eagerly", "checkpoint", "data_dir", "profile_steps")
 
 
 class _Config(msgspec.Struct):

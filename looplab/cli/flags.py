@@ -35,6 +35,8 @@ class _Common:
         steps_per_execution: steps in one graph call
         run_eagerly: run each step in Python, for debugging
         jit_compile: compile the step with XLA
+        fused_updates: update large variables of Adam by one kernel each
+        profile_steps: first and last training step of a profile for TensorBoard
     """
 
     seed: int = 0
@@ -51,11 +53,14 @@ class _Common:
     steps_per_execution: Literal["auto"] | int = "auto"
     run_eagerly: bool = False
     jit_compile: bool = False
+    fused_updates: bool = False
+    profile_steps: tuple[int, int] | None = None
 
 
-PROCESS = ("log_dir", "resume", "plot", "verbose", "strategy", "summary", "predict")
+PROCESS = ("log_dir", "resume", "plot", "verbose", "strategy", "summary", "predict", "profile_steps")
 """The flags of one process, which a resumed run does not keep."""
-_PASSED_ON = {"seed", "log_dir", "steps_per_execution", "run_eagerly", "jit_compile"}  # a recipe may list them
+_OF_TRAINER = {"steps_per_execution", "run_eagerly", "jit_compile", "fused_updates", "profile_steps"}
+_PASSED_ON = {"seed", "log_dir", *_OF_TRAINER}  # a recipe may list them
 IN_CONFIG = {"recipe", "optimizers", "data_source", "environment", "asked"}
 """What `config.json` has beside the arguments and `log_dir`."""
 _AT_LEAST = {"seed": 0, "epochs": 1, "batch_size": 1, "limit": 1, "every": 1, "steps_per_execution": 1}

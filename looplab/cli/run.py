@@ -255,6 +255,6 @@ class _Process:
             "finished_epochs": finished_epochs,
         }
         if (history := self.made.trainer.history) is not None and "costs" in history.params:
-            timings["seconds_by_activity"] = history.params["costs"].seconds
+            timings["seconds_by_activity"] = history.params["costs"]
         files.write_json(self.folder / files.TIMINGS, timings)
         return timings

@@ -12,7 +12,8 @@ import keras
 import tensorflow as tf
 
 from looplab.compat import APPLYING, LOSSES, REDUCE, REDUCE_VALUES, REPLICA_SCALES, first_reads, read_as
-from looplab.loop import fused, replicas
+from looplab.loop import replicas
+from looplab.loop.fused import FusedUpdates
 from looplab.loop.guard import Guard
 from looplab.loop.hooks import Hooks
 from looplab.loop.losses import Ledger
@@ -54,8 +55,8 @@ class Step:
         """Maps a Keras loss, its target, output and weight to the target and the weight that the loss gets."""
         self.loss_values = ""
         """What errors call the values of a loss whose sample weights looplab aligns; "" if it aligns none."""
-        self.is_fused = False
-        """Whether TensorFlow's fused kernels update large variables."""
+        self.fused: FusedUpdates | None = None
+        """Updates large variables, if that is asked for."""
         self.reads: tuple[tf.Graph, Any] | None = None
         """The graph that the running optimizer is traced in, and what all its updates read there."""
 
@@ -157,7 +158,7 @@ def _update_step(update: Callable[..., Any], optimizer: Any, gradient: Any, vari
     if step.reads is None or step.reads[0] is not graph:
         step.reads = graph, first_reads(optimizer.iterations, learning_rate)
     with read_as(step.reads[1]):
-        if not (step.is_fused and fused.updates(optimizer, gradient, variable, learning_rate)):
+        if step.fused is None or not step.fused.update(optimizer, gradient, variable, learning_rate):
             update(optimizer, gradient, variable, learning_rate)
 
 

@@ -6,13 +6,15 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 REMEDIES = {
-    "data": "waiting for data: prefetch or cache it",
+    "data": "waiting for data: cache it, or prepare it in parallel "
+    "(`workers` of a PyDataset, `num_parallel_calls` of `map`)",
     "logging": "logging: log fewer values",
-    "callbacks": "callbacks: act on fewer batches",
-    "checkpoints": "saving: save less often",
-    "validation": "validation: pass `validation_freq`",
+    "callbacks": "callbacks: let them do less, or act less often",
+    "checkpoints": "checkpoints: save less often (`Checkpoint(every=...)`)",
+    "validation": "validation: validate less often (`validation_freq`), or on fewer batches (`validation_steps`)",
 }
 """What should take little of a training's time, and what helps otherwise."""
 
@@ -20,7 +22,7 @@ _LARGE, _LONG = 0.1, 1.0  # a share, and seconds
 
 
 class Costs:
-    """The seconds that one call of `fit` spends on each activity, as seen by the thread that calls it.
+    """The seconds that one call of `fit` spends on each activity, as seen by the thread that calls it, inside `with`.
 
     Measuring takes a microsecond per graph call, and with data that is not in memory about as long per step.
 
@@ -29,13 +31,12 @@ class Costs:
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.seconds = {"steps": 0.0} | dict.fromkeys(REMEDIES, 0.0)
-        """By activity; tracing and what is left belong to none."""
-        self.lap_seconds = 0.0
-        self.shares: dict[str, float] = {}
-        """Of each activity in the last lap."""
+        self.seconds = dict.fromkeys(("steps", *REMEDIES, "tracing", "other"), 0.0)
+        """By activity; "other" is what is left in the laps."""
+        self.warnings: list[str] = []
+        """What took a second and a tenth of the last lap although it should not, each with its remedy."""
         self._clock = clock
-        self._thread = threading.get_ident()
+        self._thread: int | None = threading.get_ident()  # None once it has ended
         self._is_running = False
         self._before = self._clock(), dict(self.seconds)
 
@@ -59,16 +60,19 @@ class Costs:
             self.seconds["data"] += seconds
 
     def lap(self) -> dict[str, float]:
-        """Ends a lap, and returns its shares."""
-        start, before = self._before
-        self._before = now, seconds = self._clock(), dict(self.seconds)
-        self.lap_seconds = now - start
-        self.shares = {name: (seconds[name] - before[name]) / self.lap_seconds for name in seconds}
-        return self.shares
+        """Ends a lap, and returns the share of each activity in it; together they are 1."""
+        (start, before), now = self._before, self._clock()
+        lap = max(now - start, 1e-9)
+        self.seconds["other"] += max(0.0, lap - sum(self.seconds.values()) + sum(before.values()))
+        self._before = now, dict(self.seconds)
+        shares = {name: (self.seconds[name] - before[name]) / lap for name in before}
+        large = [name for name in REMEDIES if shares[name] > max(_LARGE, _LONG / lap)]
+        self.warnings = [f"looplab: {shares[name]:.0%} of the epoch went to {REMEDIES[name]}." for name in large]
+        return shares
 
-    @property
-    def warning(self) -> str:
-        """What took a second and a tenth of the last lap although it should not, and the remedy; "" for nothing."""
-        least = max(_LARGE, _LONG / max(self.lap_seconds, 1e-9))
-        large = {name: share for name in REMEDIES if (share := self.shares.get(name, 0)) > least}
-        return ", ".join(f"{share:.0%} {REMEDIES[name]}" for name, share in large.items())
+    def __enter__(self) -> Costs:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.lap()
+        self._thread = None

@@ -67,9 +67,9 @@ class Fit:
         for data in (self.train, self.validation) if store.saves or is_requested else ():
             if data is not None and data.inexact:
                 checks.inexact(data.name, data.inexact)
-        engine.costs = Costs()
+        engine.costs = engine.tracer.costs = Costs()
         is_shown = self.verbose and engine.workers.is_chief
-        shown = [EpochLine() if self.verbose == 2 else ProgressBar()] if is_shown else []
+        shown = [(EpochLine if self.verbose == 2 else ProgressBar)(engine.costs)] if is_shown else []
         callbacks = keras.callbacks.CallbackList(
             [*self.callbacks, *shown],
             add_history=True,
@@ -77,10 +77,11 @@ class Fit:
             epochs=self.epochs,
             steps=self.train.steps,
             verbose=self.verbose,
-            costs=engine.costs,
+            costs=engine.costs.seconds,
         )
         saving = Saving(engine, self.train, self.validation, callbacks, asked, self.resume)
-        self._train(callbacks, saving, Interrupts(engine.tracer.stop, store.saves, engine.workers))
+        with engine.costs:
+            self._train(callbacks, saving, Interrupts(engine.tracer.stop, store.saves, engine.workers))
         history = engine.runner.trainer.history  # which the list of callbacks has set
         if store.saves and engine.folder.path is not None and engine.workers.is_chief:
             histories.write(engine.folder.path, state.fits, history.history)
@@ -119,13 +120,14 @@ class Fit:
                 validation = self._validate(callbacks, saving, interrupts)
                 state.epochs += 1
                 events.epoch("train", state.epochs, logs | parts)
-                events.scalars("time", state.epochs, {f"time/{name}": n for name, n in engine.costs.lap().items()})
                 if validation is not None:
                     values, validation_parts = validation
                     events.epoch("validation", state.epochs, values | validation_parts)
                     state.logs = logs | {f"val_{name}": value for name, value in values.items()}
                 with engine.costs.of("callbacks"):
                     callbacks.on_epoch_end(state.epoch, state.logs)
+                # Before the checkpoint, which holds all points so far: its time counts to the next epoch.
+                events.scalars("time", state.epochs, {f"time/{name}": n for name, n in engine.costs.lap().items()})
 
                 has_ended = self.train.continues and state.progress.ended
                 # The epoch is over: its means start again, as its metrics do above, and a checkpoint from here on

@@ -13,15 +13,52 @@ _LEAST = 10**5
 """Elements of a variable; for smaller ones Keras's operations are faster."""
 
 
-def updates(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> bool:
-    """Updates a large variable as `Adam` and `AdamW` do, up to rounding; does nothing and returns False for others.
+class FusedUpdates:
+    """The updates of one step by `Adam` and `AdamW`, each of which equals Keras's up to rounding.
 
-    Both keep their averages in the same variables as without, so that checkpoints and saved models do not depend on it.
+    Training amplifies the difference, like any change of rounding. Both keep their averages in the same variables as
+    without, so that checkpoints and saved models do not depend on it.
     """
-    is_adam = type(optimizer) in (keras.optimizers.Adam, keras.optimizers.AdamW) and not optimizer.amsgrad
+
+    def __init__(self) -> None:
+        self._left = -1, "the step applies no Keras optimizer"  # the largest variable without a kernel, and why
+        self._has_any = False
+
+    def update(self, optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate: Any) -> bool:
+        """Updates a variable, or does nothing and returns False if no kernel can."""
+        size = variable.shape.num_elements() or 0
+        if reason := _obstacle(optimizer, gradient, variable, size):
+            self._left = max(self._left, (size, reason))
+            return False
+        _update(optimizer, gradient, variable, learning_rate)
+        self._has_any = True
+        return True
+
+    def warning(self, is_distributed: bool, jit_compile: bool) -> str:
+        """Why no step is faster; "" if one may be."""
+        if tf.executing_eagerly():
+            return "`fused_updates` has no effect with `run_eagerly`."
+        if is_distributed:
+            return "`fused_updates` has no effect on several replicas."
+        if not self._has_any:
+            return f"`fused_updates` has no effect: {self._left[1]}."
+        return "`fused_updates` has no use with `jit_compile`: XLA fuses the updates itself." if jit_compile else ""
+
+
+def _obstacle(optimizer: Any, gradient: Any, variable: tf.Variable, size: int) -> str:
+    """Why no kernel can update a variable; "" if one can."""
+    name = type(optimizer).__name__
+    if type(optimizer) not in (keras.optimizers.Adam, keras.optimizers.AdamW):
+        return f"it is for `Adam` and `AdamW`, and the optimizer is `{name}`"
+    if optimizer.amsgrad:
+        return f"`{name}` has `amsgrad`"
+    if size < _LEAST:
+        return f"no variable has {_LEAST:,} numbers"
     is_dense = isinstance(gradient, tf.Tensor) and gradient.dtype == variable.dtype
-    if not is_adam or not is_dense or (variable.shape.num_elements() or 0) < _LEAST:
-        return False
+    return "" if is_dense else "the gradient of the largest variable is sparse, or has another dtype"
+
+
+def _update(optimizer: Any, gradient: tf.Tensor, variable: tf.Variable, learning_rate: Any) -> None:
     momentum, velocity = adam_slots(optimizer, variable)
     dtype = variable.dtype
     step = tf.cast(tf.convert_to_tensor(optimizer.iterations) + 1, dtype)
@@ -38,4 +75,3 @@ def updates(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate:
         epsilon=tf.constant(optimizer.epsilon, dtype),
         grad=gradient,
     )
-    return True

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from looplab.compat import converted, drawing_from, trained_by, with_rates
 from looplab.loop import context, plausible, replicas, step_checks
+from looplab.loop.fused import FusedUpdates
 from looplab.loop.graphs import creating_ahead
 from looplab.loop.guard import NO_ROWS, Guard
 from looplab.loop.metrics import BatchMetrics, Named, Source
@@ -120,7 +121,7 @@ class StepRunner:
         if kind == "train":  # their values when the step uses them
             optimizers = with_rates(self.variables.optimizers()).values()
             self._rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
-            step.trains, step.is_fused = self.prepare, self.fused_updates
+            step.trains, step.fused = self.prepare, FusedUpdates() if self.fused_updates else None
         assert step.metrics is not None
         with context.running(step), drawing_from(self.seeds):
             step.ledger.start(trainer.trainable_variables)
@@ -141,6 +142,8 @@ class StepRunner:
             self.variables.adopt("metrics", metrics.updated[kind])
             if step.share is not None:
                 self._settle(before, weight, step.share[1])
+            if step.fused and (text := step.fused.warning(step.share is not None, trainer.jit_compile)):
+                self.warnings.add(text)
             changed = guard.changed_otherwise(trainer.trainable_variables) if kind == "train" else []
             if changed:
                 losses = {n: value for n, value in values.items() if "loss" in n and value.dtype.is_floating}

@@ -18,6 +18,7 @@ from looplab.compat import all_layers, learning_rate, of_all_replicas, of_one_re
 from looplab.data.batches import changes
 from looplab.data.randomness import random_operations
 from looplab.loop.compiled import Compiled
+from looplab.loop.costs import Costs
 from looplab.loop.errors import raise_own
 from looplab.loop.predictor import Predictor
 from looplab.loop.step import StepRunner
@@ -49,6 +50,7 @@ class Tracer:
     def __init__(self, runner: StepRunner, is_alone: bool = True):
         self.stop = tf.Variable(False, trainable=False, name="stop")
         """Once it is true, the running step is the last one; with several workers, the running graph call."""
+        self.costs = Costs()  # of the last call of `fit`
         self._runner = runner
         self._is_alone = is_alone
         self._traces: list[_Trace] = []
@@ -108,7 +110,8 @@ class Tracer:
             is_first = not self._traces
             try:
                 make = self._predictor if kind == "predict" else functools.partial(self._loop, kind)
-                compiled = make(element_spec, eagerly)
+                with self.costs.of("tracing"):
+                    compiled = make(element_spec, eagerly)
             except Exception as error:
                 if is_first:  # the next trace matches losses and metrics with outputs anew
                     self._runner.objective.forget()

@@ -174,10 +174,11 @@ def metrics(count, data_dir):
     for number in (1, 10, 100):
         errors = [partial(keras.metrics.MeanAbsoluteError, f"error_{i}") for i in range(number)]
         measured = problem._replace(metrics=lambda errors=errors: [error() for error in errors])
-        variants[f"{number} metrics: looplab"] = train(measured, looplab_fit)
-        variants[f"{number} metrics: keras"] = train(measured, keras_fit)
-        variants[f"{number} tags: looplab"] = train(problem, looplab_fit, kind=tagged(number))
-        for key in (f"{number} metrics: looplab", f"{number} tags: looplab"):
+        with_metrics, with_tags = (f"{number} {word}{'s' * (number > 1)}" for word in ("metric", "tag"))
+        variants[f"{with_metrics}: looplab"] = train(measured, looplab_fit)
+        variants[f"{with_metrics}: keras"] = train(measured, keras_fit)
+        variants[f"{with_tags}: looplab"] = train(problem, looplab_fit, kind=tagged(number))
+        for key in (f"{with_metrics}: looplab", f"{with_tags}: looplab"):
             figures[f"µs each, {key}"] = lambda ms, n=number, key=key: 1e3 / n * (ms[key] - ms["looplab"])
     return Case(variants, figures)
 
@@ -271,9 +272,3 @@ def memory(count, data_dir):
 def growth(count, data_dir):
     """What a step of the model with one weight costs after 10,000 and after 1,000,000 steps."""
     return Case({ALL: process("growth", ALL, count(10_000))}, {}, rounds=1)
-
-
-CASES = {
-    function.__name__.replace("one_", "one-"): function
-    for function in (vae, inception, one_weight, wide, metrics, gan, on_batch, start, checkpoint, memory, growth)
-}

@@ -10,6 +10,11 @@ import subprocess
 from pathlib import Path
 
 PACKAGES = "tensorflow", "keras", "numpy", "torch", "lightning", "tf-models-official"
+NOTES = """\
+Each number is the median of the rounds, with the least and the greatest in parentheses. `÷ looplab` is the median of
+the ratios within each round, and not the ratio of the medians; it divides by the first variant of the case, or of the
+section before the colon. `fixed ms` is what a call takes besides its steps, and `own µs per step` what a step takes
+more than in the bare loop. A dash stands for a cost below what these rounds can measure, which came out negative."""
 
 
 def peer(name):
@@ -21,32 +26,50 @@ def first(measures):
 
 
 def summary(rounds, figures):
-    """The medians of all measures, of ratios to the first variant of each section, and of the figures."""
-    reference, rows, combined = {}, {}, {}
+    """The measures of each variant, its ratio to the first one of its section, and the figures, as lists by round."""
+    reference, variants, combined = {}, {}, {}
     for name, measures in rounds[0].items():
         ours = reference.setdefault(name.rpartition(": ")[0], name)
-        ratios = [first(values[name]) / first(values[ours]) for values in rounds]
-        rows[name] = {key: statistics.median(values[name][key] for values in rounds) for key in measures}
-        rows[name]["÷ looplab"] = statistics.median(ratios)
+        variants[name] = {key: [values[name][key] for values in rounds] for key in measures}
+        variants[name]["÷ looplab"] = [_ratio(first(values[name]), first(values[ours])) for values in rounds]
     for label, figure in figures.items():
         with contextlib.suppress(KeyError):  # a variant was skipped
-            combined[label] = statistics.median(figure({n: first(m) for n, m in values.items()}) for values in rounds)
-    return {"medians": rows, "figures": combined, "rounds": rounds}
+            combined[label] = [_or_0(figure, {n: first(m) for n, m in values.items()}) for values in rounds]
+    return {"variants": variants, "figures": combined}
+
+
+def _ratio(one, other):
+    return one / other if other else 0.0
+
+
+def _or_0(figure, costs):
+    try:
+        return figure(costs)
+    except ZeroDivisionError:  # by a step that was too short to measure
+        return 0.0
 
 
 def table(result):
-    """The medians and the figures of one case, in Markdown."""
-    columns = list(dict.fromkeys(key for row in result["medians"].values() for key in row))
+    """The measures and the figures of one case, in Markdown."""
+    columns = list(dict.fromkeys(key for row in result["variants"].values() for key in row))
     lines = [["", *columns], ["---", *("---:" for _ in columns)]]
-    for name, row in result["medians"].items():
-        lines.append([name, *(number(row[key]) if key in row else "" for key in columns)])
-    figures = [f"- {label}: {number(value)}" for label, value in result["figures"].items()]
+    for name, row in result["variants"].items():
+        lines.append([name, *(cell(row[key]) if key in row else "" for key in columns)])
+    figures = [f"- {label}: {cell(values)}" for label, values in result["figures"].items()]
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *figures, ""])
 
 
+def cell(values):
+    """The median of the rounds, with the least and the greatest value."""
+    median, *ends = map(number, (statistics.median(values), min(values), max(values)))
+    return median if {*ends} == {median} else f"{median} ({' to '.join(ends)})"
+
+
 def number(value):
-    """With three digits, or all before the point."""
-    return f"{value:,.{max(0, 2 - len(str(int(abs(value)))) + 1 if abs(value) >= 1 else 3)}f}"
+    """With three digits, or all before the point; a dash unless it is positive."""
+    if value <= 0:
+        return "–"
+    return f"{value:,.{max(0, 3 - len(str(int(value))) if value >= 1 else 3)}f}"
 
 
 def write(folder, results, settings):
@@ -54,7 +77,8 @@ def write(folder, results, settings):
     folder.mkdir(parents=True, exist_ok=True)
     facts = versions() | settings
     tables = "\n".join(f"## {name}\n\n{table(result)}" for name, result in results.items())
-    (folder / "table.md").write_text(f"{', '.join(f'{name} {value}' for name, value in facts.items())}\n\n{tables}")
+    heading = ", ".join(f"{name} {value}" for name, value in facts.items())
+    (folder / "table.md").write_text(f"{heading}\n\n{tables}\n{NOTES}\n")
     (folder / "results.json").write_text(json.dumps(facts | {"cases": results}, indent=1, ensure_ascii=False))
     chart(folder / "chart.png", results)
 
@@ -78,8 +102,11 @@ def chart(path, results):
         print(f"{path.name}: skipped, because matplotlib is not installed")
         return
     key = "ms per step"
-    costs = {case: {n: row[key] for n, row in r["medians"].items() if key in row} for case, r in results.items()}
-    costs = {case: rows for case, rows in costs.items() if rows}
+    medians = {
+        case: {name: statistics.median(row[key]) for name, row in result["variants"].items() if key in row}
+        for case, result in results.items()
+    }
+    costs = {case: rows for case, rows in medians.items() if rows}
     if costs:
         heights = [len(rows) + 3 for rows in costs.values()]
         figure = Figure((9, 0.25 * sum(heights)), layout="constrained")

@@ -1,5 +1,6 @@
 """What the time of a training is spent on, with a clock that only the test moves, and in a real training."""
 
+import json
 import threading
 import time
 
@@ -10,6 +11,8 @@ import pytest
 import looplab
 from looplab.loop.costs import REMEDIES, Costs
 from looplab.testing import read_scalars
+
+ACTIVITIES = ["steps", *REMEDIES, "tracing", "other"]
 
 
 class Clock:
@@ -41,8 +44,7 @@ def test_time_belongs_to_the_outermost_activity_of_the_thread(clock):
     spend(clock, costs, "steps", 4)
     costs.waited(1)
     spend(clock, costs, "logging", 6)
-    expected = dict.fromkeys(REMEDIES, 0) | {"steps": 3, "data": 1, "validation": 3, "logging": 6}
-    assert costs.seconds == expected
+    assert costs.seconds == dict.fromkeys(ACTIVITIES, 0) | {"steps": 3, "data": 1, "validation": 3, "logging": 6}
 
 
 def test_a_lap_has_shares_and_warns_of_what_takes_a_second_and_a_tenth_of_it(clock):
@@ -50,14 +52,23 @@ def test_a_lap_has_shares_and_warns_of_what_takes_a_second_and_a_tenth_of_it(clo
     for activity, seconds in (("steps", 6), ("logging", 0.5), ("data", 2), ("checkpoints", 0.9)):
         spend(clock, costs, activity, seconds)
     clock.now = 10
-    assert costs.warning == ""
+    assert costs.warnings == []
     shares = costs.lap()
-    expected = {"steps": 0.6, "logging": 0.05, "data": 0.2, "checkpoints": 0.09}
-    assert shares == pytest.approx(dict.fromkeys(REMEDIES, 0) | expected)
-    assert costs.warning == f"20% {REMEDIES['data']}"
+    expected = {"steps": 0.6, "logging": 0.05, "data": 0.2, "checkpoints": 0.09, "other": 0.06}
+    assert shares == pytest.approx(dict.fromkeys(ACTIVITIES, 0) | expected)
+    assert costs.warnings == [f"looplab: 20% of the epoch went to {REMEDIES['data']}."]
     spend(clock, costs, "data", 0.9)
-    assert costs.lap()["data"] == 1
-    assert costs.warning == ""  # of less than a second
+    assert costs.lap() == pytest.approx(dict.fromkeys(ACTIVITIES, 0) | {"data": 1})
+    assert costs.warnings == []  # of less than a second
+
+
+def test_what_is_left_counts_as_other_and_nothing_counts_after_the_end(clock):
+    with Costs(clock) as costs:
+        spend(clock, costs, "tracing", 2)
+        clock.now += 1
+    spend(clock, costs, "steps", 5)
+    costs.waited(1)
+    assert costs.seconds == dict.fromkeys(ACTIVITIES, 0) | {"tracing": 2, "other": 1}
 
 
 def test_a_training_measures_its_activities(tmp_path):
@@ -76,10 +87,16 @@ def test_a_training_measures_its_activities(tmp_path):
     trainer = looplab.Trainer(model, optimizer="sgd", loss="mse", seed=0, log_dir=tmp_path)
     with pytest.warns(UserWarning, match="is an iterator"):
         history = trainer.fit(batches(), validation_data=(x, x[:, :1]), callbacks=[Slow()], verbose=0)
-    seconds = history.params["costs"].seconds
+    seconds = json.loads(json.dumps(history.params["costs"]))
+    assert [*seconds] == ACTIVITIES
     assert all(seconds.values())
+    trainer.evaluate(x, x[:, :1], verbose=0)
+    assert history.params["costs"] == seconds  # those of this call of `fit`
     assert seconds["data"] >= 4 * 0.02  # two batches show the signature
     assert seconds["callbacks"] >= 0.02
     points = read_scalars(tmp_path / "time")
     assert {*points} == {f"time/{activity}" for activity in seconds}
-    assert 0 < sum(values[0] for _, values in points.values()) <= 1
+    shares = {activity: points[f"time/{activity}"][1].item() for activity in seconds}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["callbacks"] > 0  # `on_epoch_end` belongs to the epoch that it ends
+    assert shares["checkpoints"] == 0  # and the checkpoint after it to the next one

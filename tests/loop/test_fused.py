@@ -1,5 +1,7 @@
 """Updates of large variables by one kernel, which equal Keras's up to rounding."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -60,7 +62,9 @@ def test_a_thousand_fused_updates_equal_those_of_keras():
     ],
 )
 def test_only_adam_is_fused_and_with_all_its_settings(optimizer, is_fused):
-    plain, fused = (values(fitted(optimizer(), fused_updates=fused)) for fused in (False, True))
+    plain = values(fitted(optimizer()))
+    with contextlib.nullcontext() if is_fused else pytest.warns(UserWarning, match="`fused_updates` has no effect: "):
+        fused = values(fitted(optimizer(), fused_updates=True))
     for one, other in zip(plain, fused, strict=True):
         assert distance(one, other) <= 5e-5
     assert distance(plain[0], fused[0]) <= 1e-5
@@ -73,3 +77,33 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     resumed = fitted(keras.optimizers.Adam(), epochs=3, resume=True, fused_updates=True, log_dir=tmp_path)
     for one, other in zip(values(whole), values(resumed), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "text"),
+    [
+        (SIZE, {"optimizer": "sgd"}, "no effect: it is for `Adam` and `AdamW`, and the optimizer is `SGD`."),
+        (SIZE, {"optimizer": keras.optimizers.Adam(amsgrad=True)}, "no effect: `Adam` has `amsgrad`."),
+        (300, {}, "no effect: no variable has 100,000 numbers."),
+        (SIZE, {"run_eagerly": True}, "no effect with `run_eagerly`."),
+        (SIZE, {"jit_compile": True}, "no use with `jit_compile`: XLA fuses the updates itself."),
+    ],
+)
+def test_a_step_that_no_kernel_makes_faster_is_a_warning(size, options, text):
+    model = keras.Sequential([keras.Input((size,)), keras.layers.Dense(size)])
+    trainer = looplab.Trainer(model, loss="mse", fused_updates=True, **{"optimizer": "adam", **options})
+    x = np.ones((4, size), "float32")
+    with pytest.warns(UserWarning, match=f"`fused_updates` has {text}") as caught:
+        trainer.fit(x, x, batch_size=1, epochs=2, verbose=0)
+    assert len(caught) == 1
+
+
+def test_several_replicas_have_no_kernel(two_devices):
+    x = np.ones((4, SIZE), "float32")
+    with two_devices.scope():
+        model = keras.Sequential([keras.Input((SIZE,)), keras.layers.Dense(SIZE)])
+        trainer = looplab.Trainer(model, optimizer="adam", loss="mse", fused_updates=True)
+    with pytest.warns(UserWarning, match="`fused_updates` has no effect on several replicas"):
+        trainer.fit(x, x, batch_size=2, verbose=0)
+    trace = trainer._looplab.tracer.compiled("train", trainer._looplab.batches("x", x, x, batch_size=2).element_spec)
+    assert "ResourceApplyAdam" not in str(trace.graph.as_graph_def())

@@ -1,5 +1,7 @@
 """Profiles of training steps, written by TensorFlow's profiler."""
 
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -37,10 +39,23 @@ def test_a_training_is_profiled_and_computes_the_same(tmp_path):
     assert len(files(tmp_path)) == 1
 
 
-def test_a_profile_ends_with_the_training_and_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="the training ended before the last of these steps"):
-        trainer(log_dir=tmp_path, profile_steps=[4, 40]).fit(X, X[:, :1], batch_size=4, verbose=0)
+def test_a_profile_ends_with_the_training_and_continues_with_it(tmp_path):
+    profiled = trainer(log_dir=tmp_path, profile_steps=[4, 8])
+    with pytest.warns(UserWarning, match="the training ended at step 6; the profile has steps 4 to 6."):
+        profiled.fit(X, X[:, :1], batch_size=4, verbose=0)
     assert len(files(tmp_path)) == 1
+    time.sleep(1)  # a profile is named by the second
+    profiled.fit(X, X[:, :1], batch_size=4, verbose=0)  # has steps 7 and 8
+    assert len(files(tmp_path)) == 2
+    profiled.fit(X, X[:, :1], batch_size=4, verbose=0)
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_profile_that_never_starts_is_a_warning(tmp_path):
+    expected = "the training ended at step 6, before the first of these steps, 7: no profile was written."
+    with pytest.warns(UserWarning, match=expected):
+        trainer(log_dir=tmp_path, profile_steps=(7, 8)).fit(X, X[:, :1], batch_size=4, verbose=0)
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize(
