@@ -6,6 +6,7 @@ Each runs this file, and does what `AS_WORKER` names.
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -33,6 +34,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = 230
 NUMBERS = np.arange(EXAMPLES, dtype="float32")[:, None]
 LOST = 75
+FAULTS = int(os.environ.get("LOOPLAB_FAULTS", "0"))
 SRUN = """#!/bin/bash
 shift  # its flag
 export SLURM_STEP_NODELIST=localhost SLURM_STEP_TASKS_PER_NODE=2 SLURM_STEP_NUM_TASKS=2
@@ -180,10 +182,11 @@ def run(strategy, rank, folder, *killed):
             log_dir=folder / f"disk-{rank}",
             checkpoint=looplab.Checkpoint(every=7),
         )
-    which, step, number = [int(word) for word in killed] or (-1, 0, 0)
-    callbacks = [Killed(step, number)] if which == rank else []
+    triples = zip(*[iter(map(int, killed))] * 3, strict=True)
+    callbacks = [Killed(step, number) for which, step, number in triples if which == rank]
     options = {"batch_size": BATCH, "epochs": 3, "verbose": 0, "resume": True, "callbacks": callbacks}
     history = trainer.fit(X[: 9 * BATCH + 5], Y[: 9 * BATCH + 5], validation_split=0.1, **options)
+    folder.mkdir(exist_ok=True)
     np.savez(folder / f"found-{rank}.npz", *trainer.get_weights(), **history.history)
 
 
@@ -276,23 +279,28 @@ def whole(tmp_path_factory):
     return results(folder)
 
 
-@pytest.mark.parametrize(
-    ("killed", "number", "expected"),
-    [(1, signal.SIGKILL, [LOST, -9]), (0, signal.SIGTERM, [143, 143])],
-    ids=["lost", "stopped"],
-)
-def test_workers_end_together_and_resume_to_the_same_bits(tmp_path, whole, killed, number, expected):
-    statuses, printed = launch(2, "run", tmp_path, killed, 12, int(number))
-    assert statuses == expected, "\n".join(printed)
-    if number == signal.SIGKILL:
-        assert "looplab: worker 0 of 2 stops, because another one has ended. Start all of them again" in printed[0]
-        shutil.rmtree(tmp_path / "disk-0" / "checkpoints" / "step-7-epoch-0")  # an older one is enough, or none
-    statuses, printed = launch(2, "run", tmp_path)
-    assert statuses == [0, 0], "\n".join(printed)
-    for found, other in zip(results(tmp_path), whole, strict=True):
-        assert found.keys() == other.keys()
-        for name, values in found.items():
-            np.testing.assert_array_equal(values, other[name], err_msg=name)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_workers_end_together_and_resume_to_the_same_bits(tmp_path, whole, number):
+    """Once, or as often as LOOPLAB_FAULTS says: one worker ends, or both."""
+    dice = random.Random(number.name)
+    for end in range(FAULTS or 1):
+        folder = tmp_path / str(end)
+        killed = [(end + 1) % 2] if number == signal.SIGKILL or end % 3 < 2 else [0, 1]
+        ends = [part for rank in killed for part in (rank, dice.randrange(1, 27), int(number))]
+        statuses, printed = launch(2, "run", folder, *ends)
+        expected = [143, 143] if number == signal.SIGTERM else [-9 if rank in killed else LOST for rank in (0, 1)]
+        assert statuses == expected, "\n".join([str(ends), *printed])
+        if number == signal.SIGKILL:
+            said = f"looplab: worker {end % 2} of 2 stops, because another one has ended. Start all of them again"
+            assert said in printed[end % 2]
+        for newest in sorted(folder.glob("disk-0/checkpoints/step-*"))[-1:] if end % 4 == 0 else ():
+            shutil.rmtree(newest)  # an older one is enough, or none
+        statuses, printed = launch(2, "run", folder)
+        assert statuses == [0, 0], "\n".join([str(ends), *printed])
+        for found, other in zip(results(folder), whole, strict=True):
+            assert found.keys() == other.keys()
+            for name, values in found.items():
+                np.testing.assert_array_equal(values, other[name], err_msg=f"{name} {ends}")
 
 
 def test_workers_continue_what_replicas_started(tmp_path, two_devices):
