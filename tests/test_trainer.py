@@ -715,6 +715,27 @@ def test_averaged_weights_are_the_weights_in_the_end(line):
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("recompiles", [False, True])
+def test_averages_of_an_earlier_optimizer_leave_the_weights_as_they_are(line, recompiles):
+    x, y = line
+
+    def trained(of):
+        keras.utils.set_random_seed(0)
+        model = functional()
+        model.compile(keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.9), "mse")
+        one = of(model)
+        one.fit(x, y, batch_size=20, shuffle=False, verbose=0)
+        if recompiles or one is model:
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+        else:
+            one.optimizer = keras.optimizers.SGD(0.1)
+        one.fit(x, y, batch_size=20, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    for ours, expected in zip(trained(looplab.Trainer), trained(lambda model: model), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
 # What a trainer finds.
 
 

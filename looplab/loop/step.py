@@ -18,7 +18,7 @@ from looplab.loop.guard import NO_ROWS, Guard
 from looplab.loop.metrics import BatchMetrics, Named, Source
 from looplab.loop.objective import LOSS_PART, Objective
 from looplab.loop.weights import ClassWeights, examples
-from looplab.variables import Variables
+from looplab.variables import Variables, to_numpy
 from looplab.warn import Warnings
 
 LEARNING_RATE = "learning_rate"
@@ -174,6 +174,21 @@ class StepRunner:
         self.variables.adopt("optimizers", [optimizer])
         self.variables.adopt("variables", variables)
         self.minimized[id(optimizer)] = optimizer, variables
+
+    def updates(self) -> dict[str, int]:
+        """How many updates each optimizer has made, by path."""
+        return {path: int(to_numpy(one.iterations)) for path, one in self.variables.optimizers().items()}
+
+    def finalize(self, since: dict[str, int]) -> None:
+        """Lets averages of weights become the weights, as Keras does at the end of `fit`: with `use_ema`.
+
+        Args:
+            since: Only of optimizers that have made updates since these numbers of them, by path.
+        """
+        now = self.updates()
+        for path, optimizer in self.variables.optimizers().items():
+            if id(optimizer) in self.minimized and now[path] != since.get(path, 0):
+                optimizer.finalize_variable_values(self.minimized[id(optimizer)][1])
 
     def save(self, path: Path, overwrite: bool) -> None:
         """Writes the one Keras model that has all weights, compiled as the trainer is."""
