@@ -168,9 +168,14 @@ class StepRunner:
     def prepare(self, optimizer: keras.Optimizer, variables: Sequence[Any] | None) -> None:
         """Builds an optimizer that a step applies, and holds it and what it trains."""
         variables = list(trained_by(optimizer) if variables is None else variables)
-        if not optimizer.built:
-            with creating_ahead(), keras.name_scope(optimizer.name, caller=optimizer):
+
+        def build(_: tf.distribute.Strategy) -> None:
+            # Outside of the graph, in which each step would repeat what `build` assigns.
+            with tf.init_scope(), creating_ahead(), keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(variables)
+
+        if not optimizer.built:
+            tf.distribute.get_replica_context().merge_call(build)  # once, for all replicas
         self.variables.adopt("optimizers", [optimizer])
         self.variables.adopt("variables", variables)
         self.minimized[id(optimizer)] = optimizer, variables
