@@ -20,7 +20,8 @@ def updates(optimizer: Any, gradient: Any, variable: tf.Variable, learning_rate:
     """
     is_adam = type(optimizer) in (keras.optimizers.Adam, keras.optimizers.AdamW) and not optimizer.amsgrad
     is_dense = isinstance(gradient, tf.Tensor) and gradient.dtype == variable.dtype
-    if not is_adam or not is_dense or (variable.shape.num_elements() or 0) < _LEAST:
+    is_precise = variable.dtype in (tf.float32, tf.float64)  # with 16 bits, 1 - beta would lose most of its digits
+    if not is_adam or not is_dense or not is_precise or (variable.shape.num_elements() or 0) < _LEAST:
         return False
     momentum, velocity = adam_slots(optimizer, variable)
     dtype = variable.dtype
