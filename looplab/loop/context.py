@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from looplab.compat import APPLYING, LOSSES, REDUCE, REDUCE_VALUES, REPLICA_SCALES, first_reads, read_as
+from looplab.compat import APPLYING, LOSSES, REDUCE, REDUCE_VALUES, REPLICA_SCALES, first_reads, read_as, updates_plainly
 from looplab.loop import fused, replicas
 from looplab.loop.guard import Guard
 from looplab.loop.hooks import Hooks
@@ -56,8 +56,8 @@ class Step:
         """What errors call the values of a loss whose sample weights looplab aligns; "" if it aligns none."""
         self.is_fused = False
         """Whether TensorFlow's fused kernels update large variables."""
-        self.reads: tuple[tf.Graph, Any] | None = None
-        """The graph that the running optimizer is traced in, and what all its updates read there."""
+        self.reads: dict[tf.Graph, Any] | None = None
+        """By graph, what all updates of the running optimizer read there; None if each reads for itself."""
 
 
 def current() -> Step | None:
@@ -127,38 +127,43 @@ def _replica_scaled(scale: Callable[..., Any], loss: Any) -> Any:
     return scale(loss) if current() is None else loss
 
 
-def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
+def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
     step = current()
-    if step is not None:
-        step.reads = None
-    if step is not None and step.trains is not None:
-        step.trains(optimizer, trainable_variables)
-        trains, step.trains = step.trains, None  # a `LossScaleOptimizer` applies another one
-        try:
-            if step.share is not None:
-                grads = replicas.shared(grads, step.share[0])
-                with replicas.applying_whole(optimizer):
-                    return apply(optimizer, grads, trainable_variables)
-            return apply(optimizer, grads, trainable_variables)
-        finally:
-            step.trains = trains
-    return apply(optimizer, grads, trainable_variables)
+    if step is None:
+        return apply(optimizer, grads, *args, **kwargs)
+    # A `LossScaleOptimizer` applies another one.
+    trains, reads, step.trains, step.reads = step.trains, step.reads, None, {} if updates_plainly(optimizer) else None
+    try:
+        if trains is None:
+            return apply(optimizer, grads, *args, **kwargs)
+        trains(optimizer, args[0] if args else kwargs.get("trainable_variables"))
+        if step.share is None:
+            return apply(optimizer, grads, *args, **kwargs)
+        grads = replicas.shared(grads, step.share[0])
+        with replicas.applying_whole(optimizer):
+            return apply(optimizer, grads, *args, **kwargs)
+    finally:
+        step.trains, step.reads = trains, reads
 
 
-def _update_step(update: Callable[..., Any], optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
+def _update_step(update: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
     """Lets all updates of one `apply` share a single read of the counter and the rate.
 
     Keras reads both for each variable. TensorFlow cannot merge reads, nor what is computed from them, such as the
     bias corrections of Adam: a seventh of the operations of a small model's step.
     """
     step, graph = current(), tf.compat.v1.get_default_graph()
-    if step is None or tf.executing_eagerly():
-        return update(optimizer, gradient, variable, learning_rate)
-    if step.reads is None or step.reads[0] is not graph:
-        step.reads = graph, first_reads(optimizer.iterations, learning_rate)
-    with read_as(step.reads[1]):
+    if step is None or step.reads is None or tf.executing_eagerly() or len(args) != 3 or kwargs:
+        return update(optimizer, *args, **kwargs)
+    gradient, variable, learning_rate = args
+    if graph not in step.reads:
+        step.reads[graph] = first_reads(optimizer.iterations, learning_rate)
+    if any(variable is read for read, _ in step.reads[graph]):
+        step.reads = None  # from now on, another value
+        return update(optimizer, *args)
+    with read_as(step.reads[graph]):
         if not (step.is_fused and fused.updates(optimizer, gradient, variable, learning_rate)):
-            update(optimizer, gradient, variable, learning_rate)
+            update(optimizer, *args)
 
 
 def _reduce(reduce: Callable[..., Any], optimizer: Any, gradients_and_variables: Any) -> Any:
