@@ -736,6 +736,24 @@ def test_averages_of_an_earlier_optimizer_leave_the_weights_as_they_are(line, re
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_rate_that_the_step_assigns_is_shown_as_the_update_has_used_it(line, tmp_path, eager):
+    class Decaying(looplab.Trainer):
+        def train_step(self, batch):
+            x, y = batch
+            self.optimizer.learning_rate.assign(0.1 / (1 + tf.cast(self.optimizer.iterations, "float32")))
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            self.minimize(tape, loss)
+            self.optimizer.learning_rate.assign(0.0)
+            return {"loss": loss}
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    trainer = Decaying(model, optimizer="sgd", loss="mse", log_dir=tmp_path, run_eagerly=eager)
+    trainer.fit(*line, batch_size=20, verbose=0)
+    np.testing.assert_allclose(read_scalars(tmp_path / "train")["batch_learning_rate"][1], 0.1 / np.arange(1, 6))
+
+
 # What a trainer finds.
 
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from looplab.compat import APPLYING, LOSSES, REDUCE, REDUCE_VALUES, REPLICA_SCALES, first_reads, read_as, updates_plainly
+from looplab.compat import (
+    APPLYING,
+    LOSSES,
+    REDUCE,
+    REDUCE_VALUES,
+    REPLICA_SCALES,
+    first_reads,
+    read_as,
+    trained_by,
+    updates_plainly,
+)
 from looplab.loop import fused, replicas
+from looplab.loop.graphs import changed
 from looplab.loop.guard import Guard
 from looplab.loop.hooks import Hooks
 from looplab.loop.losses import Ledger
@@ -54,10 +65,25 @@ class Step:
         """Maps a Keras loss, its target, output and weight to the target and the weight that the loss gets."""
         self.loss_values = ""
         """What errors call the values of a loss whose sample weights looplab aligns; "" if it aligns none."""
+        self.rates: dict[int, tf.Tensor] = {}
+        """By the optimizer's identity, the learning rate of its first update."""
+        self._used_rates: set[int] = set()
         self.is_fused = False
         """Whether TensorFlow's fused kernels update large variables."""
         self.reads: dict[tf.Graph, Any] | None = None
         """By graph, what all updates of the running optimizer read there; None if each reads for itself."""
+
+    def uses_rates(self, optimizers: Iterable[Any]) -> None:
+        """Reads the rates of optimizers that the step uses from here on, if it has changed them before.
+
+        Within a branch or a loop, whose values are not known outside, that of the start of the step remains.
+        """
+        for one in optimizers:
+            is_first = id(one) in self.rates and id(one) not in self._used_rates
+            is_outside = tf.compat.v1.get_default_graph() is self.graph
+            self._used_rates.add(id(one))
+            if is_first and is_outside and (tf.executing_eagerly() or changed(one.variables, self.graph)):
+                self.rates[id(one)] = tf.convert_to_tensor(one.learning_rate)
 
 
 def current() -> Step | None:
@@ -136,11 +162,12 @@ def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, *args: Any, **
     try:
         if trains is None:
             return apply(optimizer, grads, *args, **kwargs)
-        trains(optimizer, args[0] if args else kwargs.get("trainable_variables"))
-        if step.share is None:
-            return apply(optimizer, grads, *args, **kwargs)
-        grads = replicas.shared(grads, step.share[0])
-        with replicas.applying_whole(optimizer):
+        variables = args[0] if args else kwargs.get("trainable_variables")
+        trains(optimizer, variables)
+        if step.share is not None:
+            grads = replicas.shared(grads, step.share[0])
+        step.guard.check(optimizer, grads, trained_by(optimizer) if variables is None else variables, step.graph)
+        with contextlib.nullcontext() if step.share is None else replicas.applying_whole(optimizer):
             return apply(optimizer, grads, *args, **kwargs)
     finally:
         step.trains, step.reads = trains, reads

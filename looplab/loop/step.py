@@ -100,7 +100,6 @@ class StepRunner:
         """Of the running `fit`."""
         self.image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}, "predict": {}}
         """By kind of step and image name, how often an image is due."""
-        self._rates: dict[int, tf.Tensor] = {}  # of the running step, by the optimizer's identity
         self.minimized: dict[int, tuple[keras.Optimizer, list[Any]]] = {}
         """By identity, each optimizer that steps use, and the variables that it trains."""
 
@@ -115,9 +114,9 @@ class StepRunner:
         """
         trainer, guard, metrics = self.trainer, self.guard, self.batch_metrics
         step = self.new_step(kind)
-        if kind == "train":  # their values when the step uses them
+        if kind == "train":
             optimizers = with_rates(self.variables.optimizers()).values()
-            self._rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
+            step.rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
             step.trains, step.is_fused = self.prepare, self.fused_updates
         assert step.metrics is not None
         with context.running(step):
@@ -133,7 +132,7 @@ class StepRunner:
             if kind == "train" and self.class_weights is not None:
                 batch = self.class_weights.weigh(batch, plausible.targets_of(self.objective.loss), guard.report)
             returned = step_checks.step_logs(f"{kind}_step", converted(function)(batch))
-            rates = self._learning_rates() if kind == "train" else {}
+            rates = self._learning_rates(step) if kind == "train" else {}
             named, parts = self._named(step, returned, rates)
             values = {n: step_checks.scalar(f"`{kind}_step` returned", n, value) for n, value, *_ in named}
             self.variables.adopt("metrics", metrics.updated[kind])
@@ -176,6 +175,8 @@ class StepRunner:
 
         if not optimizer.built:
             tf.distribute.get_replica_context().merge_call(build)  # once, for all replicas
+        if step := context.current():
+            step.uses_rates(with_rates({"": optimizer}).values())
         self.variables.adopt("optimizers", [optimizer])
         self.variables.adopt("variables", variables)
         self.minimized[id(optimizer)] = optimizer, variables
@@ -232,12 +233,12 @@ class StepRunner:
         step_checks.unique(f"{step.kind}_step", origins)
         return [*named, *parts], [part.name for part in parts]
 
-    def _learning_rates(self) -> dict[str, tf.Tensor]:
+    def _learning_rates(self, step: context.Step) -> dict[str, tf.Tensor]:
         """Of those that steps use, that of the trainer's `optimizer` as `learning_rate`, any other under its path."""
         optimizers = self.variables.optimizers().items()
         used = {path: optimizer for path, optimizer in optimizers if id(optimizer) in self.minimized}
         return {
-            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): self._rates[id(optimizer)]
+            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): step.rates[id(optimizer)]
             for path, optimizer in with_rates(used).items()
-            if id(optimizer) in self._rates
+            if id(optimizer) in step.rates
         }
