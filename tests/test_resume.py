@@ -448,6 +448,50 @@ def test_a_program_of_two_fits_continues_the_interrupted_one(tmp_path, exchanges
         assert points(tmp_path / "parts") == points(tmp_path / "whole")
 
 
+class Slices(keras.utils.PyDataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return X[5 * index : 5 * index + 5], Y[5 * index : 5 * index + 5]
+
+
+@pytest.mark.parametrize(
+    "make_data",
+    [
+        lambda: {"x": X, "y": Y, "batch_size": 5},
+        lambda: {"x": tf.data.Dataset.from_tensor_slices((X, Y)).batch(5)},
+        lambda: {"x": Slices()},
+    ],
+    ids=["arrays", "dataset", "PyDataset"],
+)
+def test_a_later_fit_resumes_in_the_middle_of_an_epoch_that_is_no_pass(make_data, tmp_path):
+    class Crash(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if (self.params["epochs"], self.model.epochs, batch) == crashes_at:
+                raise KeyError
+
+    def program(log_dir):
+        keras.utils.clear_session(free_memory=False)
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=log_dir, checkpoint=looplab.Checkpoint(every=1), optimizer="adam").trainer
+        options = {"steps_per_epoch": 3, "callbacks": [Crash()], "verbose": 0, "resume": True}
+        trainer.fit(**make_data(), epochs=1, **options)
+        return trainer.fit(**make_data(), epochs=3, **options).history, trainer.get_weights()
+
+    crashes_at = None
+    history, weights = program(tmp_path / "whole")
+    crashes_at = 3, 2, 1  # in the second epoch of the second call
+    with pytest.raises(KeyError):
+        program(tmp_path / "parts")
+    crashes_at = None
+    resumed, others = program(tmp_path / "parts")
+    assert resumed == history
+    for one, other in zip(weights, others, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
 class Phases(looplab.Trainer):
     """The first `fit` applies one optimizer, the second another one; both average weights."""
 
