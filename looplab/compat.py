@@ -275,6 +275,12 @@ def first_reads(*variables: Any) -> list[tuple[tf.Variable, tf.Tensor]]:
     return [(variable, variable.value()) for variable in kept]
 
 
+def updates_plainly(optimizer: keras.Optimizer) -> bool:
+    """Whether Keras's own methods update the variables, which change neither the counter nor the rate meanwhile."""
+    names = ("apply", "_backend_apply_gradients", "_backend_update_step", "update_step")
+    return all(getattr(type(optimizer), name).__module__.startswith("keras.src.") for name in names)
+
+
 @contextlib.contextmanager
 def read_as(values: list[tuple[tf.Variable, tf.Tensor]]) -> Iterator[None]:
     """Inside it, reading one of these variables gives this value, without an operation."""

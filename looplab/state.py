@@ -76,6 +76,8 @@ class RunState:
     """Of the running epoch."""
     logs: dict[str, float] = dataclasses.field(default_factory=dict)
     """Of the last completed epoch."""
+    updates: dict[str, Count] = dataclasses.field(default_factory=dict)
+    """How many updates each optimizer, by path, had made when the running `fit` started."""
 
     def replace_by(self, other: RunState) -> None:
         """Takes over all fields of another state."""

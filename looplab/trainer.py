@@ -131,7 +131,7 @@ class Trainer(Steps):
             x: Arrays (with `y`, `sample_weight`), anything else that `keras.Model.fit` takes, or a function of the
                 epoch, from 0 since the trainer's creation, that returns a `tf.data.Dataset`. Arrays and PyDatasets are
                 shuffled anew in each epoch, in an order that depends on the trainer's seed and the epoch alone.
-            steps_per_epoch: The next epoch continues where the data stopped, and starts it again at its end.
+            steps_per_epoch: The next epochs continue where the data stopped, and start it again at its end.
             callbacks: Keras callbacks. Their logs of a batch are the values of that batch. With
                 `steps_per_execution="auto"`, one that acts on training batches makes each graph call one step; with a
                 number, its hooks are called for each step after the call.

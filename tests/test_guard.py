@@ -262,7 +262,7 @@ class Following(Parts):
 
 WHOLE = {
     "own optimizer": (OwnOptimizer, "`my_loss` is not finite"),
-    "own optimizer, finite loss": (BrokenGradients, "is not finite after the step changed it"),
+    "own optimizer, finite loss": (BrokenGradients, "The gradient of net/hidden/kernel is not finite"),
     "two minimized": (TwoMinimized, "The loss is not finite"),
     "one by itself": (OneByItself, "`other_loss` is not finite"),
     "one that follows": (Following, "The loss is not finite"),
@@ -287,6 +287,49 @@ def test_of_a_step_with_a_fault_nothing_stays(kind, text, eager, line):
     with pytest.warns(UserWarning, match="1 of 10 steps were skipped"):
         trainer.fit(poisoned(line, 4), verbose=0)
     assert all(np.isfinite(value).all() for value in state(trainer).values())
+
+
+class InfiniteGradients(looplab.Trainer):
+    """Applies gradients that are infinite for batches with NaN, possibly in a branch."""
+
+    in_branch = False
+
+    def train_step(self, batch):
+        x, y = batch
+        is_bad = tf.reduce_any(tf.math.is_nan(x))
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(tf.where(tf.math.is_nan(x), 0.0, x)))
+        variables = self.trainable_variables
+        gradients = [one + tf.where(is_bad, np.inf, 0.0) for one in tape.gradient(loss, variables)]
+        if self.in_branch:
+            if tf.reduce_all(y < 1e9):
+                self.optimizer.apply(gradients, variables)
+        else:
+            self.optimizer.apply(gradients, variables)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("how", [{}, {"in_branch": True}, {"run_eagerly": True}])
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=4), lambda: keras.optimizers.Lion(0.001)],
+)
+def test_a_gradient_that_only_the_state_of_an_optimizer_would_keep_is_named(optimizer, how, line):
+    trainer = InfiniteGradients(net(), optimizer=optimizer(), loss="mse")
+    for name, value in how.items():
+        setattr(trainer, name, value)
+    with pytest.raises(FloatingPointError, match=r"The gradient of net/hidden/kernel is not finite.*, at step 2 "):
+        trainer.fit(poisoned(line, 12), verbose=0)
+    assert all(np.isfinite(value).all() for value in state(trainer).values())
+
+
+def test_a_loss_scale_deals_with_infinite_gradients_that_a_step_applies(line):
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=4.0)
+    trainer = InfiniteGradients(net(), optimizer=optimizer, loss="mse")
+    trainer.fit(poisoned(line, 12), verbose=0)
+    assert trainer.skipped_steps == 0
+    assert float(tf.convert_to_tensor(optimizer.dynamic_scale)) == 2.0
+    assert int(tf.convert_to_tensor(optimizer.iterations)) == 9
 
 
 def test_minimize_in_a_branch_is_guarded(line):

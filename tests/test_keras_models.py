@@ -339,6 +339,51 @@ def test_pickling_a_trainer_or_its_history_says_what_to_do_instead():
     assert pickle.loads(pickle.dumps(trainer.history.history)) == trainer.history.history
 
 
+class ByHand(keras.Model):
+    """Its step calls `update_step` itself, twice, or trains the rate together with the weights."""
+
+    def __init__(self, trains_rate):
+        super().__init__()
+        self.dense, self.trains_rate = L.Dense(1), trains_rate
+
+    def call(self, given):
+        return self.dense(given)
+
+    def train_step(self, batch):
+        given, target = batch
+        optimizer, (kernel, bias) = self.optimizer, self.trainable_variables
+        for _ in range(2):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((self(given) - target) ** 2)
+            gradients = tape.gradient(loss, [kernel, bias])
+            if self.trains_rate:
+                gradients.insert(1, tf.constant(0.1))
+                optimizer.apply(gradients, [kernel, optimizer.learning_rate, bias])
+                continue
+            for gradient, variable in zip(gradients, (kernel, bias), strict=True):
+                optimizer.update_step(gradient, variable.value, optimizer.learning_rate)
+            optimizer.iterations.assign_add(1)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("trains_rate", [False, True])
+def test_updates_that_a_step_makes_itself_use_the_counter_and_the_rate_of_then(trains_rate):
+    def weights(of, **options):
+        start()
+        model = ByHand(trains_rate)
+        model(x)
+        optimizer = keras.optimizers.SGD(0.3) if trains_rate else keras.optimizers.Adam(0.1)
+        optimizer.build([model.weights[0], optimizer.learning_rate, model.weights[1]][:: 1 if trains_rate else 2])
+        model.compile(optimizer, "mse", jit_compile=False)
+        of(model, **options).fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    expected = weights(lambda model: model)
+    for eager in (False, True):
+        for one, other in zip(weights(looplab.Trainer, run_eagerly=eager), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 def test_averages_of_its_optimizer_become_its_weights_at_the_end_as_in_keras():
     options = {"use_ema": True, "ema_momentum": 0.9}
     trainer, model = looplab.Trainer(distance(**options)), distance(**options)

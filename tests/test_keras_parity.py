@@ -210,6 +210,51 @@ def several():
     return {"loss": "mse", "optimizer": keras.optimizers.MultiOptimizer(one_each)}
 
 
+class Decaying(keras.optimizers.SGD):
+    """The rate decreases with each update of a variable, which uses the new one."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign(self._learning_rate, self._learning_rate * 0.9)
+        self.assign_sub(variable, gradient * tf.cast(self._learning_rate, variable.dtype))
+
+
+class Counting(keras.optimizers.SGD):
+    """Counts the updates of variables, by which it divides them."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.iterations.assign_add(1)
+        self.assign_sub(variable, 0.1 * gradient / tf.cast(self.iterations, variable.dtype))
+
+
+class Layerwise(keras.optimizers.SGD):
+    """Each variable has a lower rate than the one before."""
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            self.update_step(gradient, variable.value, self.learning_rate)
+            self.learning_rate.assign(self.learning_rate * 0.8)
+
+
+class Scaling(keras.optimizers.SGD):
+    """An update has an argument more, and returns what it subtracts."""
+
+    def update_step(self, gradient, variable, learning_rate, scale=1.0):
+        change = gradient * scale * learning_rate
+        self.assign_sub(variable, change)
+        return change
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        changes = [
+            self.update_step(gradient, variable.value, learning_rate=learning_rate, scale=0.5)
+            for gradient, variable in zip(grads, trainable_variables, strict=True)
+        ]
+        self.learning_rate.assign_add(tf.reduce_max(changes[-1]))
+
+
+def own_optimizer(kind):
+    return lambda: {"loss": "mse", "optimizer": kind(0.1)}
+
+
 class Row(NamedTuple):
     """One comparison. Settings and options that hold state are functions, which are called for each of the two."""
 
@@ -311,6 +356,10 @@ ROWS = {
     "clipnorm": Row(one, (x, y), sgd(clipnorm=0.1)),
     "global clipnorm": Row(one, (x, y), sgd(global_clipnorm=0.1)),
     "schedule": Row(one, (x, y), sgd(learning_rate=keras.optimizers.schedules.CosineDecay(0.3, 5))),
+    "own optimizer, assigned rate": Row(one, (x, y), own_optimizer(Decaying)),
+    "own optimizer, assigned counter": Row(one, (x, y), own_optimizer(Counting)),
+    "own optimizer, rates of variables": Row(one, (x, y), own_optimizer(Layerwise)),
+    "own optimizer, own arguments": Row(one, (x, y), own_optimizer(Scaling)),
     "float16": Row(functools.partial(of_policy, "mixed_float16"), (x, y), adam(), rtol=1e-2),
     "bfloat16": Row(functools.partial(of_policy, "mixed_bfloat16"), (x, y), adam(), rtol=5e-2),
     # Layers, epochs and callbacks.

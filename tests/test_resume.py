@@ -448,6 +448,101 @@ def test_a_program_of_two_fits_continues_the_interrupted_one(tmp_path, exchanges
         assert points(tmp_path / "parts") == points(tmp_path / "whole")
 
 
+class Slices(keras.utils.PyDataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return X[5 * index : 5 * index + 5], Y[5 * index : 5 * index + 5]
+
+
+@pytest.mark.parametrize(
+    "make_data",
+    [
+        lambda: {"x": X, "y": Y, "batch_size": 5},
+        lambda: {"x": tf.data.Dataset.from_tensor_slices((X, Y)).batch(5)},
+        lambda: {"x": Slices()},
+    ],
+    ids=["arrays", "dataset", "PyDataset"],
+)
+def test_a_later_fit_resumes_in_the_middle_of_an_epoch_that_is_no_pass(make_data, tmp_path):
+    class Crash(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if (self.params["epochs"], self.model.epochs, batch) == crashes_at:
+                raise KeyError
+
+    def program(log_dir):
+        keras.utils.clear_session(free_memory=False)
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), log_dir=log_dir, checkpoint=looplab.Checkpoint(every=1), optimizer="adam").trainer
+        options = {"steps_per_epoch": 3, "callbacks": [Crash()], "verbose": 0, "resume": True}
+        trainer.fit(**make_data(), epochs=1, **options)
+        return trainer.fit(**make_data(), epochs=3, **options).history, trainer.get_weights()
+
+    crashes_at = None
+    history, weights = program(tmp_path / "whole")
+    crashes_at = 3, 2, 1  # in the second epoch of the second call
+    with pytest.raises(KeyError):
+        program(tmp_path / "parts")
+    crashes_at = None
+    resumed, others = program(tmp_path / "parts")
+    assert resumed == history
+    for one, other in zip(weights, others, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert points(tmp_path / "parts") == points(tmp_path / "whole")
+
+
+class Phases(looplab.Trainer):
+    """The first `fit` applies one optimizer, the second another one; both average weights."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.others = [keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5) for _ in range(2)]
+        self.is_second = tf.Variable(False, trainable=False)
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        variables = self.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        if self.is_second:
+            self.others[1].apply(gradients, variables)
+        else:
+            self.others[0].apply(gradients, variables)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("where", ["on_train_batch_end", "on_epoch_end", "on_train_end"])
+def test_only_optimizers_that_this_fit_has_used_average_its_weights(where, tmp_path):
+    """Also if it resumes, in the middle or when all its steps are done."""
+
+    class Crash(keras.callbacks.Callback):
+        async_safe = False
+
+    def crash(*_, **__):
+        raise KeyError
+
+    def program(log_dir, crashes=False):
+        keras.utils.clear_session(free_memory=False)
+        keras.utils.set_random_seed(0)
+        trainer = recipe((X, Y), trainer=Phases, log_dir=log_dir, checkpoint=looplab.Checkpoint(every=1)).trainer
+        trainer.fit(X, Y, batch_size=13, verbose=0, resume=True)
+        trainer.is_second.assign(True)
+        callback = Crash()
+        if crashes:
+            setattr(callback, where, crash)
+        trainer.fit(X, Y, batch_size=13, epochs=1, verbose=0, callbacks=[callback], resume=True)
+        return trainer.get_weights(), next(one for one in trainer.others[1].variables if "average" in one.path)
+
+    whole, average = program(tmp_path / "whole")
+    np.testing.assert_array_equal(whole[0], average)
+    with pytest.raises(KeyError):
+        program(tmp_path / "parts", crashes=True)
+    for one, other in zip(program(tmp_path / "parts")[0], whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_complete_calls_of_fit_are_skipped_and_the_state_is_the_newest(tmp_path, capsys):
     def program(calls):
         trainer = recipe((X, Y), log_dir=tmp_path, optimizer="adam").trainer

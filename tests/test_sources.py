@@ -90,6 +90,25 @@ def test_endless_py_dataset_continues_in_the_next_epoch(workers):
     assert sorted(data.read[2:]) == list(range(9))  # the first two show the signature
 
 
+@pytest.mark.parametrize(
+    "make_data",
+    [
+        lambda: {"x": X, "y": Y, "batch_size": 8},
+        lambda: {"x": tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)},
+        lambda: {"x": Slices()},
+        lambda: {"x": Slices(None)},
+    ],
+    ids=["arrays", "dataset", "PyDataset", "endless PyDataset"],
+)
+def test_each_fit_starts_at_the_first_batch_as_in_keras(make_data):
+    ours, theirs = looplab.Trainer(model()), model()
+    for _ in range(2):
+        history, expected = (
+            one.fit(**make_data(), steps_per_epoch=2, shuffle=False, verbose=0).history for one in (ours, theirs)
+        )
+        np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-6)
+
+
 def test_hooks_of_a_py_dataset_are_called_as_by_keras():
     pairs = [(Recording(2), Recording(2)) for _ in range(2)]
     for trainer, (data, validation) in zip((looplab.Trainer(model()), model()), pairs, strict=True):

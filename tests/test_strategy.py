@@ -319,6 +319,39 @@ def test_fit_in_the_scope_swaps_averaged_weights(line, tmp_path, two_devices):
     assert history["val_mae"][-1] == pytest.approx(other_values["mae"], rel=1e-5)
 
 
+def test_each_fit_reads_a_distributed_dataset_from_its_start(line, two_devices):
+    with two_devices.scope():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+        trainer = looplab.Trainer(model, optimizer=keras.optimizers.SGD(0.0), loss="mse")
+    dataset = tf.data.Dataset.from_tensor_slices(line).batch(20).repeat()
+    first, second = (
+        trainer.fit(two_devices.experimental_distribute_dataset(dataset), steps_per_epoch=2, verbose=0).history["loss"]
+        for _ in range(2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, keras.optimizers.LossScaleOptimizer])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_what_the_build_of_an_optimizer_assigns_is_assigned_once(line, two_devices, replicas, wrap):
+    """Keras's `ScheduleFreeAdamW` starts from the weights."""
+
+    def weights(builds, **options):
+        keras.utils.set_random_seed(0)
+        with two_devices.scope() if replicas == 2 else contextlib.nullcontext():
+            model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+            optimizer = wrap(keras.optimizers.ScheduleFreeAdamW(0.05))
+            if builds:
+                optimizer.build(model.trainable_variables)
+            trainer = looplab.Trainer(model, optimizer=optimizer, loss="mse", **options)
+        trainer.fit(*line, batch_size=20, epochs=2, shuffle=False, verbose=0)
+        return trainer.get_weights()
+
+    for options in ({}, {"run_eagerly": True}):
+        for one, other in zip(weights(False, **options), weights(True, **options), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 class Direct(looplab.Trainer):
     """Calls a Keras loss and the optimizer itself, as published steps do."""
 

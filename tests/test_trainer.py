@@ -715,6 +715,45 @@ def test_averaged_weights_are_the_weights_in_the_end(line):
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("recompiles", [False, True])
+def test_averages_of_an_earlier_optimizer_leave_the_weights_as_they_are(line, recompiles):
+    x, y = line
+
+    def trained(of):
+        keras.utils.set_random_seed(0)
+        model = functional()
+        model.compile(keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.9), "mse")
+        one = of(model)
+        one.fit(x, y, batch_size=20, shuffle=False, verbose=0)
+        if recompiles or one is model:
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+        else:
+            one.optimizer = keras.optimizers.SGD(0.1)
+        one.fit(x, y, batch_size=20, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    for ours, expected in zip(trained(looplab.Trainer), trained(lambda model: model), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_rate_that_the_step_assigns_is_shown_as_the_update_has_used_it(line, tmp_path, eager):
+    class Decaying(looplab.Trainer):
+        def train_step(self, batch):
+            x, y = batch
+            self.optimizer.learning_rate.assign(0.1 / (1 + tf.cast(self.optimizer.iterations, "float32")))
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            self.minimize(tape, loss)
+            self.optimizer.learning_rate.assign(0.0)
+            return {"loss": loss}
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    trainer = Decaying(model, optimizer="sgd", loss="mse", log_dir=tmp_path, run_eagerly=eager)
+    trainer.fit(*line, batch_size=20, verbose=0)
+    np.testing.assert_allclose(read_scalars(tmp_path / "train")["batch_learning_rate"][1], 0.1 / np.arange(1, 6))
+
+
 # What a trainer finds.
 
 

@@ -147,3 +147,17 @@ def _plain(value: Any) -> Any:
         return value.detach().cpu()
     sparse = compat.sparse_tensor(value)
     return value if sparse is None else tf.sparse.reorder(sparse)
+
+
+def changes(before: Any, after: Any) -> str:
+    """Describes where two signatures of a batch differ."""
+    names = ("x", "y", "sample_weight")
+    parts = [dict(zip(names, unpack(signature), strict=True)) for signature in (before, after)]
+    if tf.nest.map_structure(lambda _: 0, parts[0]) != tf.nest.map_structure(lambda _: 0, parts[1]):
+        return f"a batch was {before}, and is {after}"
+    different = "; ".join(
+        f"`{'.'.join(map(str, path))}` was {old.shape} {old.dtype.name}, and is {new.shape} {new.dtype.name}"
+        for (path, old), (_, new) in zip(*map(keras.tree.flatten_with_path, parts), strict=True)
+        if old != new
+    )
+    return different or f"a batch was {before}, and is {after}"

@@ -13,10 +13,10 @@ import tensorflow as tf
 
 from looplab.compat import is_loader, of_one_replica
 from looplab.data import sources
-from looplab.data.arrays import is_arrays, leaves, to_arrays, unpack
+from looplab.data.arrays import is_arrays, leaves, to_arrays
 from looplab.data.iteration import Batches
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
-from looplab.data.resident import Resident, gather, rows_of
+from looplab.data.resident import Resident, gather, number_of, rows_of
 from looplab.data.sharing import Policy, have_equal_batches, shared
 from looplab.warn import warn
 
@@ -43,8 +43,8 @@ def from_arguments(
         name: What errors call `x`: "x" or "validation_data".
         batch_size: That of arrays; 32 by default.
         steps: Batches in an epoch; by default as many as there are. Never more than Keras is set to run in a pass.
-        training_from: The first epoch of a training. With `steps`, its data continues in the next epoch where it
-            stopped, and starts again at its end. None: the data is for one evaluation, and ends at its end.
+        training_from: The first epoch of a training, which starts at the first batch. With `steps`, the next epochs
+            continue where the data stopped, and start it again at its end. None: one evaluation, which ends at its end.
         strategy: Whose replicas share each batch.
         workers: How many processes share the data.
 
@@ -57,7 +57,7 @@ def from_arguments(
         arrays, batch_size = to_arrays(name, x, y, sample_weight), batch_size or 32
         steps = _limited(name, steps, math.ceil(leaves(arrays)[0].shape[0] / batch_size))
         replicas = strategy.num_replicas_in_sync
-        batches = _from_arrays(name, arrays, batch_size, bool(shuffle), seed, steps, training, replicas)
+        batches = _from_arrays(name, arrays, batch_size, seed if shuffle else None, steps, training_from, replicas)
     else:
         others = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
         if given := [f"`{other}`" for other, value in others.items() if value is not None]:
@@ -109,37 +109,29 @@ def _limited(name: str, steps: int | None, size: int | None) -> int | None:
     return most
 
 
-def changes(before: Any, after: Any) -> str:
-    """Describes where two signatures of a batch differ."""
-    names = ("x", "y", "sample_weight")
-    parts = [dict(zip(names, unpack(signature), strict=True)) for signature in (before, after)]
-    if tf.nest.map_structure(lambda _: 0, parts[0]) != tf.nest.map_structure(lambda _: 0, parts[1]):
-        return f"a batch was {before}, and is {after}"
-    different = "; ".join(
-        f"`{'.'.join(map(str, path))}` was {old.shape} {old.dtype.name}, and is {new.shape} {new.dtype.name}"
-        for (path, old), (_, new) in zip(*map(keras.tree.flatten_with_path, parts), strict=True)
-        if old != new
-    )
-    return different or f"a batch was {before}, and is {after}"
-
-
 def _from_arrays(
-    name: str, arrays: Any, batch_size: int, shuffle: bool, seed: int, steps: int | None, training: bool, replicas: int
+    name: str,
+    arrays: Any,
+    batch_size: int,
+    seed: int | None,
+    steps: int | None,
+    training_from: int | None,
+    replicas: int,
 ) -> Batches:
     if replicas > 1 and any(isinstance(leaf, tf.SparseTensor) for leaf in leaves(arrays)):
         raise ValueError(
             f"`{name}` has a sparse array, which TensorFlow cannot split among {replicas} replicas. Pass a dense one, "
             f"or create the trainer outside of the strategy's scope."
         )
-    resident = Resident(arrays, batch_size, seed if shuffle else None)
+    resident = Resident(arrays, batch_size, seed)
     length = steps or resident.batches
 
     def start(epoch: int, batch: int) -> Any:
-        first = epoch * length + batch
+        first = number_of(epoch, batch, length, resident.batches, training_from or 0)
         return resident.at(first) if replicas == 1 else _pipeline(resident, first)
 
-    described = {"examples": resident.rows, "batch_size": batch_size, "shuffle": shuffle}
-    steps = length if training else min(length, resident.batches)
+    described = {"examples": resident.rows, "batch_size": batch_size, "shuffle": seed is not None}
+    steps = min(length, resident.batches) if training_from is None else length
     return Batches(name, start, steps, True, described, arrays=arrays)
 
 
@@ -162,13 +154,12 @@ def _pipeline(resident: Resident, first: int) -> tf.data.Dataset:
 
 def _from_source(name: str, x: Any, steps: int | None, training_from: int | None, seed: int | None) -> Batches:
     """Batches from a dataset, a PyDataset, a loader, an iterator, or a function of the epoch."""
-    training = training_from is not None
     if isinstance(x, tf.data.Dataset):
-        return _from_dataset(name, x, steps, training)
+        return _from_dataset(name, x, steps, training_from)
     if isinstance(x, keras.utils.PyDataset):
-        return _from_py_dataset(name, x, steps, training, seed)
+        return _from_py_dataset(name, x, steps, training_from, seed)
     if isinstance(x, tf.distribute.DistributedDataset):
-        return _from_distributed(name, x, steps, training)
+        return _from_distributed(name, x, steps, training_from)
     if isinstance(x, Iterator):
         return _from_iterator(name, x, steps, training_from)
     if is_loader(x):
@@ -176,11 +167,11 @@ def _from_source(name: str, x: Any, steps: int | None, training_from: int | None
         if steps is None and size == sources.ENDLESS:
             raise ValueError(_endless(name, type(x).__name__))
         failures: list[Exception] = []
-        batches = _from_dataset(name, sources.dataset_of(name, x, failures), steps, training)
+        batches = _from_dataset(name, sources.dataset_of(name, x, failures), steps, training_from)
         sampler = sources.sampler_of(x)
         inexact = f"is read in an order that no checkpoint can hold ({sampler})" if sampler else ""
         return dataclasses.replace(batches, steps=steps or size, inexact=inexact, failures=failures)
-    return _from_function(name, x, steps, training)
+    return _from_function(name, x, steps, training_from is not None)
 
 
 def _from_iterator(name: str, iterator: Iterator[Any], steps: int | None, training_from: int | None) -> Batches:
@@ -203,9 +194,9 @@ def _from_iterator(name: str, iterator: Iterator[Any], steps: int | None, traini
 
 
 def _from_py_dataset(
-    name: str, batches: keras.utils.PyDataset, steps: int | None, training: bool, seed: int | None
+    name: str, batches: keras.utils.PyDataset, steps: int | None, training_from: int | None, seed: int | None
 ) -> Batches:
-    source = sources.PyDatasetSource(name, batches, steps, seed, training)
+    source = sources.PyDatasetSource(name, batches, steps, seed, training_from)
     hooks = sources.overridden_hooks(batches)
     return Batches(
         name,
@@ -220,26 +211,27 @@ def _from_py_dataset(
     )
 
 
-def _from_distributed(name: str, dataset: Any, steps: int | None, training: bool) -> Batches:
+def _from_distributed(name: str, dataset: Any, steps: int | None, training_from: int | None) -> Batches:
     # Its `cardinality` is that of the dataset on each worker, and unlike that of `tf.data.Dataset`, not a method.
     if steps is None and int(dataset.cardinality) == tf.data.INFINITE_CARDINALITY:
         raise ValueError(_endless(name, "distributed dataset"))
-    continues = steps is not None and training
+    continues = steps is not None and training_from is not None
 
     def start(epoch: int, batch: int) -> Any:
-        used = (epoch * steps if steps and continues else 0) + batch
+        used = ((epoch - (training_from or 0)) * steps if steps and continues else 0) + batch
         return sources.ReadOnce(dataset, used) if used else dataset
 
     return Batches(name, start, steps, continues, inexact="is distributed already, so that its order is unknown")
 
 
-def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training: bool) -> Batches:
+def _from_dataset(name: str, dataset: tf.data.Dataset, steps: int | None, training_from: int | None) -> Batches:
     size = _size(name, dataset, steps)
-    continues = steps is not None and training
+    continues = steps is not None and training_from is not None
     source = dataset.repeat() if continues else dataset if steps is None else dataset.take(steps)
+    first = training_from or 0
     return Batches(
         name,
-        start=lambda epoch, batch: source.skip((epoch * steps if continues else 0) + batch),
+        start=lambda epoch, batch: source.skip(((epoch - first) * steps if continues else 0) + batch),
         steps=steps or size,
         continues=continues,
         dataset=dataset if reshuffles(dataset) else None,

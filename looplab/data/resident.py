@@ -136,6 +136,21 @@ class Resident:
         return self.get_next_as_optional().get_value()
 
 
+def number_of(epoch: int, batch: int, steps: int, batches: int, first_epoch: int) -> int:
+    """The number of a batch of an epoch, counted from the first batch of pass 0.
+
+    A training starts with a new pass: the one that follows those of as many epochs before it.
+
+    Args:
+        epoch, batch: From 0.
+        steps: In an epoch.
+        batches: In a pass.
+        first_epoch: That of the training.
+    """
+    first_pass = -(-first_epoch * steps // batches)  # rounded up
+    return first_pass * batches + (epoch - first_epoch) * steps + batch
+
+
 def shuffled(size: int, seed: int, number: Any) -> tf.Tensor:
     """The whole numbers below `size`, in an order that depends on the seed and the number of the pass alone."""
     seeds = tf.stack([tf.constant(seed, tf.int64), tf.cast(number, tf.int64)])

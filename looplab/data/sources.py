@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from looplab.compat import IteratorAdapter, PyDatasetAdapter
 from looplab.data.arrays import converted
-from looplab.data.resident import shuffled
+from looplab.data.resident import number_of, shuffled
 
 ENDLESS = 2**31
 """The length of data without an end."""
@@ -128,13 +128,16 @@ class PyDatasetSource:
         batches: The PyDataset.
         steps: Batches in an epoch; by default as many as there are.
         seed: Of the order, which is another one in each pass; None keeps that of the dataset.
-        trains: Whether epochs continue where the one before stopped; otherwise, each is a pass of its own.
+        training_from: The first epoch of a training, whose epochs continue where the one before stopped; None: each is
+            a pass of its own.
 
     Raises:
         ValueError: It has no batch, or no end and no `steps`.
     """
 
-    def __init__(self, name: str, batches: keras.utils.PyDataset, steps: int | None, seed: int | None, trains: bool):
+    def __init__(
+        self, name: str, batches: keras.utils.PyDataset, steps: int | None, seed: int | None, training_from: int | None
+    ):
         self.size: int | None = batches.num_batches
         """None: it has no end."""
         if self.size == 0:
@@ -146,10 +149,11 @@ class PyDatasetSource:
                 f"an epoch has."
             )
         whole = self.size or ENDLESS
-        self.steps = steps or whole if trains else min(steps or whole, whole)
+        self._trains = training_from is not None
+        self.steps = steps or whole if self._trains else min(steps or whole, whole)
         """In an epoch."""
         self._seed = seed if self.size else None
-        self._trains = trains
+        self._first_epoch = training_from or 0
         self._is_new = True
         self._ordered = Ordered(name, batches)
         self._ordered.indices = list(range(min(2, whole)))  # two show the signature
@@ -160,10 +164,11 @@ class PyDatasetSource:
 
     def start(self, epoch: int, batch: int) -> tf.data.Dataset:
         """The batches of an epoch, from one on."""
-        numbers = range(epoch * self.steps + batch, (epoch + 1) * self.steps)
-        passes = {number // (self.size or ENDLESS) for number in numbers}
-        orders = {number: self._order_of(number) for number in passes}
-        self._ordered.indices = [orders[n // (self.size or ENDLESS)][n % (self.size or ENDLESS)] for n in numbers]
+        size = self.size or ENDLESS
+        first = number_of(epoch, 0, self.steps, size, self._first_epoch)
+        numbers = range(first + batch, first + self.steps)
+        orders = {number: self._order_of(number) for number in {number // size for number in numbers}}
+        self._ordered.indices = [orders[number // size][number % size] for number in numbers]
         return self._dataset
 
     def on_begin(self) -> None:

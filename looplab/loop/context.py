@@ -5,15 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from looplab.compat import APPLYING, LOSSES, REDUCE, REDUCE_VALUES, REPLICA_SCALES, first_reads, read_as
+from looplab.compat import (
+    APPLYING,
+    LOSSES,
+    REDUCE,
+    REDUCE_VALUES,
+    REPLICA_SCALES,
+    first_reads,
+    read_as,
+    trained_by,
+    updates_plainly,
+)
 from looplab.loop import replicas
 from looplab.loop.fused import FusedUpdates
+from looplab.loop.graphs import changed
 from looplab.loop.guard import Guard
 from looplab.loop.hooks import Hooks
 from looplab.loop.losses import Ledger
@@ -55,10 +66,25 @@ class Step:
         """Maps a Keras loss, its target, output and weight to the target and the weight that the loss gets."""
         self.loss_values = ""
         """What errors call the values of a loss whose sample weights looplab aligns; "" if it aligns none."""
+        self.rates: dict[int, tf.Tensor] = {}
+        """By the optimizer's identity, the learning rate of its first update."""
+        self._used_rates: set[int] = set()
         self.fused: FusedUpdates | None = None
         """Updates large variables, if that is asked for."""
-        self.reads: tuple[tf.Graph, Any] | None = None
-        """The graph that the running optimizer is traced in, and what all its updates read there."""
+        self.reads: dict[tf.Graph, Any] | None = None
+        """By graph, what all updates of the running optimizer read there; None if each reads for itself."""
+
+    def uses_rates(self, optimizers: Iterable[Any]) -> None:
+        """Reads the rates of optimizers that the step uses from here on, if it has changed them before.
+
+        Within a branch or a loop, whose values are not known outside, that of the start of the step remains.
+        """
+        for one in optimizers:
+            is_first = id(one) in self.rates and id(one) not in self._used_rates
+            is_outside = tf.compat.v1.get_default_graph() is self.graph
+            self._used_rates.add(id(one))
+            if is_first and is_outside and (tf.executing_eagerly() or changed(one.variables, self.graph)):
+                self.rates[id(one)] = tf.convert_to_tensor(one.learning_rate)
 
 
 def current() -> Step | None:
@@ -128,38 +154,44 @@ def _replica_scaled(scale: Callable[..., Any], loss: Any) -> Any:
     return scale(loss) if current() is None else loss
 
 
-def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
+def _apply(apply: Callable[..., Any], optimizer: Any, grads: Any, *args: Any, **kwargs: Any) -> Any:
     step = current()
-    if step is not None:
-        step.reads = None
-    if step is not None and step.trains is not None:
-        step.trains(optimizer, trainable_variables)
-        trains, step.trains = step.trains, None  # a `LossScaleOptimizer` applies another one
-        try:
-            if step.share is not None:
-                grads = replicas.shared(grads, step.share[0])
-                with replicas.applying_whole(optimizer):
-                    return apply(optimizer, grads, trainable_variables)
-            return apply(optimizer, grads, trainable_variables)
-        finally:
-            step.trains = trains
-    return apply(optimizer, grads, trainable_variables)
+    if step is None:
+        return apply(optimizer, grads, *args, **kwargs)
+    # A `LossScaleOptimizer` applies another one.
+    trains, reads, step.trains, step.reads = step.trains, step.reads, None, {} if updates_plainly(optimizer) else None
+    try:
+        if trains is None:
+            return apply(optimizer, grads, *args, **kwargs)
+        variables = args[0] if args else kwargs.get("trainable_variables")
+        trains(optimizer, variables)
+        if step.share is not None:
+            grads = replicas.shared(grads, step.share[0])
+        step.guard.check(optimizer, grads, trained_by(optimizer) if variables is None else variables, step.graph)
+        with contextlib.nullcontext() if step.share is None else replicas.applying_whole(optimizer):
+            return apply(optimizer, grads, *args, **kwargs)
+    finally:
+        step.trains, step.reads = trains, reads
 
 
-def _update_step(update: Callable[..., Any], optimizer: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
+def _update_step(update: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
     """Lets all updates of one `apply` share a single read of the counter and the rate.
 
     Keras reads both for each variable. TensorFlow cannot merge reads, nor what is computed from them, such as the
     bias corrections of Adam: a seventh of the operations of a small model's step.
     """
     step, graph = current(), tf.compat.v1.get_default_graph()
-    if step is None or tf.executing_eagerly():
-        return update(optimizer, gradient, variable, learning_rate)
-    if step.reads is None or step.reads[0] is not graph:
-        step.reads = graph, first_reads(optimizer.iterations, learning_rate)
-    with read_as(step.reads[1]):
+    if step is None or step.reads is None or tf.executing_eagerly() or len(args) != 3 or kwargs:
+        return update(optimizer, *args, **kwargs)
+    gradient, variable, learning_rate = args
+    if graph not in step.reads:
+        step.reads[graph] = first_reads(optimizer.iterations, learning_rate)
+    if any(variable is read for read, _ in step.reads[graph]):
+        step.reads = None  # from now on, another value
+        return update(optimizer, *args)
+    with read_as(step.reads[graph]):
         if step.fused is None or not step.fused.update(optimizer, gradient, variable, learning_rate):
-            update(optimizer, gradient, variable, learning_rate)
+            update(optimizer, *args)
 
 
 def _reduce(reduce: Callable[..., Any], optimizer: Any, gradients_and_variables: Any) -> Any:

@@ -99,6 +99,7 @@ class Fit:
             interrupts.check()  # nothing has changed yet
             state.epochs, state.epoch = max(state.epochs, self.first_epoch), self.first_epoch
             state.in_epoch, trainer.stop_training, state.progress = False, False, Progress()
+            state.updates = engine.runner.updates()
             engine.folder.take(resumes=self.resume.newest is not None)
             saving.start()  # restores after `on_train_begin`, in which callbacks reset themselves
             has_ended = False  # data that cannot be read again
@@ -142,8 +143,7 @@ class Fit:
             saving.save()
             interrupts.check()
             saving.has_news = False  # a resumed run repeats what follows
-            for optimizer, variables in engine.runner.minimized.values():
-                optimizer.finalize_variable_values(variables)  # as in Keras: with `use_ema`, averages become weights
+            engine.runner.finalize(since=state.updates)
             callbacks.on_train_end(state.logs)
 
     def _between(self, saving: Saving, interrupts: Interrupts, profile: Profile, done: int) -> int | None:

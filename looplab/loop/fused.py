@@ -54,6 +54,8 @@ def _obstacle(optimizer: Any, gradient: Any, variable: tf.Variable, size: int) -
         return f"`{name}` has `amsgrad`"
     if size < _LEAST:
         return f"no variable has {_LEAST:,} numbers"
+    if variable.dtype not in (tf.float32, tf.float64):  # with 16 bits, 1 - beta would lose most of its digits
+        return f"the largest variable is of {tf.as_dtype(variable.dtype).name}"
     is_dense = isinstance(gradient, tf.Tensor) and gradient.dtype == variable.dtype
     return "" if is_dense else "the gradient of the largest variable is sparse, or has another dtype"
 

@@ -119,6 +119,13 @@ def written_variables(function: Any) -> list[tf.Variable]:
     return [variable for variable in captured(function) if id(variable.handle) in handles]
 
 
+def changed(variables: Iterable[Any], graph: Any, ignoring: Iterable[list[tf.Operation]] = ()) -> list[Any]:
+    """The variables that the operations of a `tf.function` may change, except some of them."""
+    inside = written(set(graph.get_operations()).difference(*ignoring))
+    outside = {id(external) for external, internal in graph.captures if id(internal) in inside}
+    return [variable for variable in variables if id(plain(variable).handle) in outside]
+
+
 def changed_tables(graph: tf.Graph) -> list[str]:
     """The operations of a graph that change tables or queues, whose state no variable holds."""
     return sorted(filter(_CHANGING.match, operation_types(graph)))

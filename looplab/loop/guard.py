@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.loop.graphs import written
+from looplab.loop.graphs import changed
 from looplab.loop.replicas import applying_whole
 from looplab.variables import of_each_replica, path_of, plain
 
@@ -86,6 +86,8 @@ class Guard:
     def start(self) -> None:
         """Forgets the graph of the step that was traced before."""
         self._has_reports = False
+        self._is_applying = False
+        self._unguarded: list[tuple[str, tf.Tensor]] = []  # of gradients, as `_report_infinite` takes them
         self._applied: list[list[tf.Operation]] = []  # the operations of each `apply`, skipped if there is a fault
         self._ends_with_apply = True  # whether nothing was reported after the last `apply`
 
@@ -117,22 +119,38 @@ class Guard:
 
     def report_applied(self, losses: dict[str, tf.Tensor], variables: Sequence[Any]) -> None:
         """Checks a step that changed these variables without `apply`: its losses, and the variables now."""
-        messages = [f"`{name}` is not finite" for name in losses]
-        messages += [f"{path_of(variable)} is not finite after the step changed it" for variable in variables]
-        values = [*losses.values(), *(tf.nn.l2_loss(tf.convert_to_tensor(variable)) for variable in variables)]
-        if values:
-            self.report(~_are_finite(values), messages, skippable=True)
+        pairs = [(f"`{name}` is not finite", value) for name, value in losses.items()] + self._unguarded
+        for one in variables:
+            text = f"{path_of(one)} is not finite after the step changed it"
+            pairs.append((text, tf.nn.l2_loss(tf.convert_to_tensor(one))))
+        self._report_infinite(pairs)
+
+    def check(self, optimizer: keras.Optimizer, gradients: Sequence[Any], variables: Sequence[Any], graph: Any) -> None:
+        """Checks gradients that a step applies without `apply`: what is wrong may show only in the optimizer's state.
+
+        Args:
+            optimizer, gradients, variables: As for `apply`.
+            graph: That of the step. What is wrong in it is reported by `report_applied`, in a branch or loop at once.
+        """
+        if self._is_applying:
+            return
+        known = [(v, g) for v, g in zip(variables, gradients, strict=False) if g is not None]
+        pairs = [(_wrong_gradient(v), _unscaled(tf.nn.l2_loss(_numbers(g)), optimizer)) for v, g in known]
+        if tf.compat.v1.get_default_graph() is graph:
+            self._unguarded += pairs
+        else:
+            self._report_infinite(pairs)
 
     def changed_otherwise(self, variables: Sequence[Any]) -> list[Any]:
         """The variables that the step may change outside of `apply`; in eager mode, all."""
         if tf.executing_eagerly():
             return list(variables)
-        return _changed(variables, tf.compat.v1.get_default_graph(), ignoring=self._applied)
+        return changed(variables, tf.compat.v1.get_default_graph(), ignoring=self._applied)
 
     def to_restore(self, variables: Sequence[Any], graph: Any) -> list[Any]:
         """The variables that the step, just traced as `graph`, may have changed although it has a fault."""
         decides = self._ends_with_apply and len(self._applied) == 1
-        return _changed(variables, graph, ignoring=self._applied if decides else ())
+        return changed(variables, graph, ignoring=self._applied if decides else ())
 
     def apply(
         self,
@@ -153,10 +171,8 @@ class Guard:
             rows: How many examples the batch has.
         """
         known = [(v, g) for v, g in zip(variables, gradients, strict=True) if g is not None]
-        numbers = [tf.cast(g.values if isinstance(g, tf.IndexedSlices) else g, tf.float32) for _, g in known]
-        squares = tf.add_n([tf.nn.l2_loss(group) for group in _grouped(numbers)])
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            squares = tf.where(tf.convert_to_tensor(optimizer.dynamic_scale) > 1, 0.0, squares)
+        numbers = [_numbers(g) for _, g in known]
+        squares = _unscaled(tf.add_n([tf.nn.l2_loss(group) for group in _grouped(numbers)]), optimizer)
         sound = tf.math.is_finite(tf.cast(loss, tf.float32) + squares + 1 / tf.cast(rows, tf.float32))
         if self._has_reports:
             sound &= tf.equal(self.fault(), 0)
@@ -165,7 +181,7 @@ class Guard:
         @tf.function(autograph=False, experimental_attributes={"_noinline": True})
         def report() -> None:
             messages = [NO_ROWS, "the loss is not finite"]
-            messages += [f"the gradient of {path_of(v)} is not finite, or overflows when squared" for v, _ in known]
+            messages += [_wrong_gradient(v) for v, _ in known]
             messages += ["the squares of all gradients overflow when added up"]
             values = [1 / tf.cast(rows, tf.float32), loss, *map(tf.nn.l2_loss, numbers), squares]
             self.report(~_are_finite(values), messages, skippable=True)
@@ -179,8 +195,10 @@ class Guard:
             # As in Keras's LossScaleOptimizer: from a branch inside one replica, nothing can be applied to all.
             def apply() -> None:
                 several = strategy.num_replicas_in_sync > 1
+                self._is_applying = True
                 with applying_whole(optimizer) if several else contextlib.nullcontext():
                     strategy.extended.call_for_each_replica(optimizer.apply, args=(gradients, variables))
+                self._is_applying = False
 
             refuse = report if strategy.num_replicas_in_sync == 1 else lambda: None
             with tf.name_scope(optimizer.name):
@@ -190,17 +208,31 @@ class Guard:
 
         context.merge_call(on_all, args=(gradients, sound))
 
+    def _report_infinite(self, pairs: Sequence[tuple[str, tf.Tensor]]) -> None:
+        """Reports which numbers are not finite: for each, what is wrong then, and the number."""
+        if pairs:
+            messages, values = zip(*pairs, strict=True)
+            self.report(~_are_finite(values), messages, skippable=True)
+
     def _code(self, message: str) -> int:
         if message not in self._messages:
             self._messages.append(message)
         return self._messages.index(message)
 
 
-def _changed(variables: Sequence[Any], graph: Any, ignoring: Sequence[list[tf.Operation]]) -> list[Any]:
-    """The variables that the operations of a `tf.function` may change, except some of them."""
-    inside = written(set(graph.get_operations()).difference(*ignoring))
-    outside = {id(external) for external, internal in graph.captures if id(internal) in inside}
-    return [variable for variable in variables if id(plain(variable).handle) in outside]
+def _wrong_gradient(variable: Any) -> str:
+    return f"the gradient of {path_of(variable)} is not finite, or overflows when squared"
+
+
+def _numbers(gradient: Any) -> tf.Tensor:
+    return tf.cast(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient, tf.float32)
+
+
+def _unscaled(squares: tf.Tensor, optimizer: keras.Optimizer) -> tf.Tensor:
+    """The squares of gradients, or 0 while a `LossScaleOptimizer` scales the loss, which deals with them itself."""
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return squares
+    return tf.where(tf.convert_to_tensor(optimizer.dynamic_scale) > 1, 0.0, squares)
 
 
 def _are_finite(values: Sequence[Any]) -> tf.Tensor:

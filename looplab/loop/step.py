@@ -19,7 +19,7 @@ from looplab.loop.guard import NO_ROWS, Guard
 from looplab.loop.metrics import BatchMetrics, Named, Source
 from looplab.loop.objective import LOSS_PART, Objective
 from looplab.loop.weights import ClassWeights, examples
-from looplab.variables import Variables
+from looplab.variables import Variables, to_numpy
 from looplab.warn import Warnings
 
 LEARNING_RATE = "learning_rate"
@@ -103,7 +103,6 @@ class StepRunner:
         """Of the running `fit`."""
         self.image_every: dict[str, dict[str, int]] = {"train": {}, "test": {}, "predict": {}}
         """By kind of step and image name, how often an image is due."""
-        self._rates: dict[int, tf.Tensor] = {}  # of the running step, by the optimizer's identity
         self.minimized: dict[int, tuple[keras.Optimizer, list[Any]]] = {}
         """By identity, each optimizer that steps use, and the variables that it trains."""
 
@@ -118,9 +117,9 @@ class StepRunner:
         """
         trainer, guard, metrics = self.trainer, self.guard, self.batch_metrics
         step = self.new_step(kind)
-        if kind == "train":  # their values when the step uses them
+        if kind == "train":
             optimizers = with_rates(self.variables.optimizers()).values()
-            self._rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
+            step.rates = {id(one): tf.convert_to_tensor(one.learning_rate) for one in optimizers}
             step.trains, step.fused = self.prepare, FusedUpdates() if self.fused_updates else None
         assert step.metrics is not None
         with context.running(step), drawing_from(self.seeds):
@@ -136,7 +135,7 @@ class StepRunner:
             if kind == "train" and self.class_weights is not None:
                 batch = self.class_weights.weigh(batch, plausible.targets_of(self.objective.loss), guard.report)
             returned = step_checks.step_logs(f"{kind}_step", converted(function)(batch))
-            rates = self._learning_rates() if kind == "train" else {}
+            rates = self._learning_rates(step) if kind == "train" else {}
             named, parts = self._named(step, returned, rates)
             values = {n: step_checks.scalar(f"`{kind}_step` returned", n, value) for n, value, *_ in named}
             self.variables.adopt("metrics", metrics.updated[kind])
@@ -179,12 +178,34 @@ class StepRunner:
     def prepare(self, optimizer: keras.Optimizer, variables: Sequence[Any] | None) -> None:
         """Builds an optimizer that a step applies, and holds it and what it trains."""
         variables = list(trained_by(optimizer) if variables is None else variables)
-        if not optimizer.built:
-            with creating_ahead(), keras.name_scope(optimizer.name, caller=optimizer):
+
+        def build(_: tf.distribute.Strategy) -> None:
+            # Outside of the graph, in which each step would repeat what `build` assigns.
+            with tf.init_scope(), creating_ahead(), keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(variables)
+
+        if not optimizer.built:
+            tf.distribute.get_replica_context().merge_call(build)  # once, for all replicas
+        if step := context.current():
+            step.uses_rates(with_rates({"": optimizer}).values())
         self.variables.adopt("optimizers", [optimizer])
         self.variables.adopt("variables", variables)
         self.minimized[id(optimizer)] = optimizer, variables
+
+    def updates(self) -> dict[str, int]:
+        """How many updates each optimizer has made, by path."""
+        return {path: int(to_numpy(one.iterations)) for path, one in self.variables.optimizers().items()}
+
+    def finalize(self, since: dict[str, int]) -> None:
+        """Lets averages of weights become the weights, as Keras does at the end of `fit`: with `use_ema`.
+
+        Args:
+            since: Only of optimizers that have made updates since these numbers of them, by path.
+        """
+        now = self.updates()
+        for path, optimizer in self.variables.optimizers().items():
+            if id(optimizer) in self.minimized and now[path] != since.get(path, 0):
+                optimizer.finalize_variable_values(self.minimized[id(optimizer)][1])
 
     def save(self, path: Path, overwrite: bool) -> None:
         """Writes the one Keras model that has all weights, compiled as the trainer is."""
@@ -223,12 +244,12 @@ class StepRunner:
         step_checks.unique(f"{step.kind}_step", origins)
         return [*named, *parts], [part.name for part in parts]
 
-    def _learning_rates(self) -> dict[str, tf.Tensor]:
+    def _learning_rates(self, step: context.Step) -> dict[str, tf.Tensor]:
         """Of those that steps use, that of the trainer's `optimizer` as `learning_rate`, any other under its path."""
         optimizers = self.variables.optimizers().items()
         used = {path: optimizer for path, optimizer in optimizers if id(optimizer) in self.minimized}
         return {
-            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): self._rates[id(optimizer)]
+            LEARNING_RATE + ("" if path == "optimizer" else f"/{path}"): step.rates[id(optimizer)]
             for path, optimizer in with_rates(used).items()
-            if id(optimizer) in self._rates
+            if id(optimizer) in step.rates
         }

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from looplab import strategies
 from looplab.compat import all_layers, learning_rate, of_all_replicas, of_one_replica
-from looplab.data.batches import changes
+from looplab.data.arrays import changes
 from looplab.data.randomness import random_operations
 from looplab.loop.compiled import Compiled
 from looplab.loop.costs import Costs

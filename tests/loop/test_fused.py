@@ -16,13 +16,13 @@ GRADIENTS = np.random.default_rng(0).normal(size=(20, SIZE, SIZE)).astype("float
 class Given(looplab.Trainer):
     """Trains a variable with the batches as gradients."""
 
-    def __init__(self, optimizer, **options):
+    def __init__(self, optimizer, dtype="float32", **options):
         super().__init__(optimizer=optimizer, seed=0, **options)
-        self.large = keras.Variable(np.ones((SIZE, SIZE), "float32"), name="large")
+        self.large = keras.Variable(np.ones((SIZE, SIZE)), dtype=dtype, name="large")
 
     def train_step(self, batch):
         with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(self.large * batch[0])
+            loss = tf.reduce_sum(self.large * tf.cast(batch[0], self.large.dtype))
         self.minimize(tape, loss, [self.large])
         return {"loss": loss}
 
@@ -69,6 +69,15 @@ def test_only_adam_is_fused_and_with_all_its_settings(optimizer, is_fused):
         assert distance(one, other) <= 5e-5
     assert distance(plain[0], fused[0]) <= 1e-5
     assert (plain[0] != fused[0]).any() == is_fused
+
+
+@pytest.mark.parametrize(("dtype", "is_fused"), [("float64", True), ("float16", False)])
+def test_numbers_of_16_bits_are_not_fused(dtype, is_fused):
+    """The kernel computes 1 - beta with the precision of the variable."""
+    plain, fused = (
+        fitted(keras.optimizers.Adam(1e-2, epsilon=1e-3), dtype=dtype, fused_updates=fuses) for fuses in (False, True)
+    )
+    assert (plain.large.numpy() != fused.large.numpy()).any() == is_fused
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
