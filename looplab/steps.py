@@ -159,7 +159,7 @@ class Steps:
         runner.prepare(optimizer, variables)
         # Scales the gradient rather than the loss, whose value is logged.
         one = tf.ones_like(loss)
-        scale, part, rows = optimizer.scale_loss(one), None, step.rows
+        scale, part, rows, faults = optimizer.scale_loss(one), None, step.rows, None
         if runner.strategy.num_replicas_in_sync > 1:
             part, rows = step.share or replicas.share(1)
         weight = scale if part is None else scale * tf.cast(part, scale.dtype)
@@ -168,8 +168,9 @@ class Steps:
         if is_default:
             runner.warn_of_bare_variables(variables, gradients)
         if part is not None:
-            gradients, loss = replicas.added(gradients, loss, part)
-        step.guard.apply(optimizer, gradients, variables, loss, rows)
+            own = replicas.counted(loss * tf.cast(part, loss.dtype), part), tf.cast(step.guard.fault() != 0, loss.dtype)
+            gradients, loss, faults = replicas.added(gradients, part, *own)
+        step.guard.apply(optimizer, gradients, variables, loss, rows, faults)
         step.is_guarded = True
         if scale is one:
             return gradients

@@ -159,6 +159,7 @@ class Guard:
         variables: Sequence[Any],
         loss: tf.Tensor,
         rows: tf.Tensor | int,
+        faults: tf.Tensor | None = None,
     ) -> None:
         """Lets the optimizer apply the gradients, unless there is a fault in them, the loss, or the step so far.
 
@@ -169,12 +170,15 @@ class Guard:
             optimizer: One that is built, because the update runs in a branch, in which no variable can be created.
             gradients, loss: With several replicas, those of the whole batch.
             rows: How many examples the batch has.
+            faults: On how many replicas the step so far has one: all of them apply the gradients, or none.
         """
         known = [(v, g) for v, g in zip(variables, gradients, strict=True) if g is not None]
         numbers = [_numbers(g) for _, g in known]
         squares = _unscaled(tf.add_n([tf.nn.l2_loss(group) for group in _grouped(numbers)]), optimizer)
         sound = tf.math.is_finite(tf.cast(loss, tf.float32) + squares + 1 / tf.cast(rows, tf.float32))
-        if self._has_reports:
+        if faults is not None:
+            sound &= tf.equal(faults, 0)
+        elif self._has_reports:
             sound &= tf.equal(self.fault(), 0)
 
         # Not inlined: one operation, in a branch that is rarely taken.
@@ -187,9 +191,8 @@ class Guard:
             self.report(~_are_finite(values), messages, skippable=True)
 
         context = tf.distribute.get_replica_context()
-        if context.num_replicas_in_sync > 1:  # all replicas must apply the gradients, or none
+        if context.num_replicas_in_sync > 1:  # from whose common branch each cannot report
             tf.cond(sound, lambda: None, report)
-            sound = tf.equal(context.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~sound, tf.int32)), 0)
 
         def on_all(strategy: tf.distribute.Strategy, gradients: Any, sound: Any) -> None:
             # As in Keras's LossScaleOptimizer: from a branch inside one replica, nothing can be applied to all.

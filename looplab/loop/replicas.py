@@ -66,22 +66,21 @@ def shared(gradients: Sequence[Any], part: Any) -> list[Any]:
             return tf.IndexedSlices(scaled(gradient.values), gradient.indices, gradient.dense_shape)
         return None if gradient is None else gradient * tf.cast(part, gradient.dtype)
 
-    return added([scaled(gradient) for gradient in gradients], tf.zeros(()), part)[0]
+    return added([scaled(gradient) for gradient in gradients], part)[0]
 
 
-def added(gradients: Sequence[Any], loss: tf.Tensor, part: Any) -> tuple[list[Any], tf.Tensor]:
-    """The sums of gradients and of a loss over all replicas.
+def added(gradients: Sequence[Any], part: Any, *others: tf.Tensor) -> tuple[list[Any], *tuple[tf.Tensor, ...]]:
+    """The sums of gradients and of other numbers over all replicas, in one reduction.
 
     Args:
         gradients: Those of this replica times its `part`; None where there is none.
-        loss: Of this replica.
         part: Of the examples, as `share` returns it.
+        others: Numbers of this replica.
     """
     known = [counted(gradient, part) for gradient in gradients if gradient is not None]
-    own = counted(loss * tf.cast(part, loss.dtype), part)
-    *sums, loss = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, [*known, own])
+    sums = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, [*known, *others])
     rest = iter(sums)
-    return [None if gradient is None else next(rest) for gradient in gradients], loss
+    return [None if gradient is None else next(rest) for gradient in gradients], *rest
 
 
 def counted(value: Any, part: Any) -> Any:
