@@ -19,6 +19,7 @@ from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import data_adapter_utils
 from tensorflow.python.autograph.core import config as autograph
 from tensorflow.python.autograph.core.config import Convert, DoNotConvert
+from tensorflow.python.autograph.utils import ag_logging
 
 # Keras
 
@@ -205,6 +206,10 @@ def converted(function: Callable[..., Any]) -> Callable[..., Any]:
     if tf.executing_eagerly():
         return function
     return tf.__internal__.autograph.tf_convert(function, tf.__internal__.autograph.control_status_ctx())
+
+
+AUTOGRAPH_LOG, NOT_CONVERTED = ag_logging, "AutoGraph could not transform"
+"""The module whose function `warning` AutoGraph calls, and how a warning of a function that it runs as it is starts."""
 
 
 def temporary_graph() -> Any:

@@ -48,7 +48,7 @@ class Steps:
             mean over the batches, weighted by their number of examples.
         """
         if own := own_method(self.model, "train_step"):
-            return own(batch)
+            return converted(own)(batch)
         x, y, sample_weight = step_checks.parts(batch)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
@@ -59,7 +59,7 @@ class Steps:
     def test_step(self, batch: Any) -> dict[str, Any]:
         """Evaluates one batch; takes and returns what `train_step` does."""
         if own := own_method(self.model, "test_step"):
-            return own(batch)
+            return converted(own)(batch)
         x, y, sample_weight = step_checks.parts(batch)
         y_pred = self(x, training=False)
         loss = _with_training(self.compute_loss, x, y, y_pred, sample_weight, training=False)
@@ -68,7 +68,7 @@ class Steps:
     def predict_step(self, batch: Any) -> Any:
         """The outputs for one batch: a tensor or a structure of tensors, with the examples along the first axis."""
         if own := own_method(self.model, "predict_step"):
-            return own(batch)
+            return converted(own)(batch)
         x, _, _ = step_checks.parts(batch)
         return self(x, training=False)
 
@@ -115,7 +115,7 @@ class Steps:
         """
         step, objective = _running(self._looplab), self._looplab.runner.objective
         if own := own_method(self.model, "compute_metrics"):
-            return objective.completed(step, own(x, y, y_pred, sample_weight))
+            return objective.completed(step, converted(own)(x, y, y_pred, sample_weight))
         return objective.compute_metrics(step, y, y_pred, sample_weight)
 
     def reset_metrics(self) -> None:

@@ -339,6 +339,40 @@ def test_pickling_a_trainer_or_its_history_says_what_to_do_instead():
     assert pickle.loads(pickle.dumps(trainer.history.history)) == trainer.history.history
 
 
+class Branching(keras.Model):
+    """Its step depends on a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = L.Dense(1)
+
+    def call(self, given):
+        return self.dense(given)
+
+    def train_step(self, batch):
+        given, target = batch
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(given) - target) ** 2)
+            if loss > 1.0:
+                loss = tf.sqrt(loss)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def test_its_step_may_branch_on_tensors_as_that_of_a_trainer():
+    def weights(of, **options):
+        start()
+        model = Branching()
+        model.compile(keras.optimizers.SGD(0.1), "mse", **options)
+        of(model).fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    expected = weights(lambda model: model, run_eagerly=True)
+    for one, other in zip(weights(looplab.Trainer), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 class ByHand(keras.Model):
     """Its step calls `update_step` itself, twice, or trains the rate together with the weights."""
 

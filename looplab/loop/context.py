@@ -13,7 +13,9 @@ import tensorflow as tf
 
 from looplab.compat import (
     APPLYING,
+    AUTOGRAPH_LOG,
     LOSSES,
+    NOT_CONVERTED,
     REDUCE,
     REDUCE_VALUES,
     REPLICA_SCALES,
@@ -71,6 +73,8 @@ class Step:
         self._used_rates: set[int] = set()
         self.fused: FusedUpdates | None = None
         """Updates large variables, if that is asked for."""
+        self.unconverted: list[Callable[[], None]] = []
+        """Warnings of AutoGraph, of functions that it runs as they are."""
         self.reads: dict[tf.Graph, Any] | None = None
         """By graph, what all updates of the running optimizer read there; None if each reads for itself."""
 
@@ -94,10 +98,18 @@ def current() -> Step | None:
 
 @contextlib.contextmanager
 def running(step: Step) -> Iterator[Step]:
-    """Makes a step the current one of this thread."""
+    """Makes a step the current one of this thread.
+
+    Functions that AutoGraph cannot convert run as they are, which matters only if the step then fails.
+    """
     before, _thread.step = current(), step
     try:
-        yield step
+        with _conversions:
+            yield step
+    except Exception:
+        for warn in step.unconverted:
+            warn()
+        raise
     finally:
         _thread.step = before
 
@@ -198,6 +210,14 @@ def _reduce(reduce: Callable[..., Any], optimizer: Any, gradients_and_variables:
     return gradients_and_variables if replicas.is_whole(optimizer) else reduce(optimizer, gradients_and_variables)
 
 
+def _warning(warn: Callable[..., None], text: str, *args: Any, **kwargs: Any) -> None:
+    step, give = current(), functools.partial(warn, text, *args, **kwargs)
+    if step is None or not text.startswith(NOT_CONVERTED):
+        give()
+    else:
+        step.unconverted.append(give)
+
+
 def _next(
     draw: Callable[..., tf.Tensor], generator: keras.random.SeedGenerator, *args: Any, **kwargs: Any
 ) -> tf.Tensor:
@@ -214,5 +234,6 @@ _metrics = Hooks(
     subclasses=True,
 )
 _losses = Hooks(keras.Loss, {"__call__": _call_loss})
+_conversions = Hooks(AUTOGRAPH_LOG, {"warning": _warning})
 _reductions = Hooks(LOSSES, {REDUCE_VALUES: _reduce_values, **dict.fromkeys(REPLICA_SCALES, _replica_scaled)})
 _optimizers = Hooks(APPLYING, {"apply": _apply, "update_step": _update_step, REDUCE: _reduce}, subclasses=True)

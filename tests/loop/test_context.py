@@ -1,12 +1,16 @@
 """The running step, and what Keras objects record in it."""
 
 import contextlib
+import logging
 import threading
 
 import keras
+import pytest
 import tensorflow as tf
 
+from looplab.compat import converted
 from looplab.loop.context import Step, current, recording, running
+from looplab.loop.graphs import concrete
 from looplab.loop.guard import Guard
 from looplab.loop.metrics import BatchMetrics
 
@@ -30,6 +34,28 @@ def test_steps_nest_and_end():
             raise ZeroDivisionError
         assert current() is outer
     assert current() is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_autograph_runs_as_it_is_matters_only_if_the_step_fails(fails, caplog, monkeypatch):
+    class Private:
+        __factor = 2.0
+
+        def step(self, x):
+            if fails and x > 0:
+                x = -x
+            return self.__factor * x
+
+    step = new_step()
+
+    def run(x):
+        with running(step):
+            return converted(Private().step)(x)
+
+    monkeypatch.setattr(logging.getLogger("tensorflow"), "propagate", True)
+    with pytest.raises(TypeError, match="symbolic") if fails else contextlib.nullcontext():
+        concrete(run, tf.TensorSpec((), tf.float32))
+    assert ("AutoGraph could not transform" in caplog.text) == fails
 
 
 def test_each_thread_has_its_own_step():
