@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from looplab.variables import path_of
 from looplab.walk import VARIABLES, Held
-from looplab.workers import number_of_workers
+from looplab.warn import say
+from looplab.workers import number_of_workers, rank_of
 
 _DISTRIBUTING = (
     tf.distribute.MirroredStrategy,
@@ -39,7 +40,8 @@ def running() -> tf.distribute.Strategy:
     if is_alone and (workers := _in_environment()) > 1:
         raise ValueError(
             f"The environment variable TF_CONFIG names {workers} workers, and each of them would train alone. Create "
-            f"the trainer in the scope of a `tf.distribute.MultiWorkerMirroredStrategy`, or unset TF_CONFIG."
+            f"the trainer in the scope of a `tf.distribute.MultiWorkerMirroredStrategy`, run a recipe with "
+            f'`strategy="multi_worker"`, or unset TF_CONFIG.'
         )
     return strategy
 
@@ -55,33 +57,47 @@ def create(name: str) -> tf.distribute.Strategy:
         ValueError: The name is another one, or nothing names the workers.
     """
     if name == "none":
-        return tf.distribute.get_strategy()
+        return running()
     if name == "mirrored":
         return tf.distribute.MirroredStrategy()
     if name != "multi_worker":
         raise ValueError(f'`strategy` must be "none", "mirrored" or "multi_worker"; got {name!r}.')
     if not _in_environment() and "SLURM_STEP_NODELIST" not in os.environ:
         raise ValueError(
-            '`strategy` "multi_worker" needs the addresses of all workers: set TF_CONFIG in each, or start them with '
-            "Slurm's `srun`."
+            '`strategy` "multi_worker" needs the addresses of all workers: name them as "worker" in the cluster of '
+            "TF_CONFIG, or start them with Slurm's `srun`."
         )
-    return _of_workers()
+    try:
+        return _of_workers()
+    except ValueError as error:
+        raise _malformed(error) from error
 
 
 @functools.cache
 def _of_workers() -> tf.distribute.Strategy:
     """The strategy of this process, which TensorFlow connects with the others once."""
-    return tf.distribute.MultiWorkerMirroredStrategy(_resolver())
+    resolver = _resolver()
+    spec = resolver.cluster_spec()
+    if rank_of(resolver) == 0:
+        addresses = [address for job in spec.jobs for address in spec.job_tasks(job)]
+        say(f"looplab: {number_of_workers(spec)} workers: waiting for all of them ({', '.join(addresses)}).")
+    return tf.distribute.MultiWorkerMirroredStrategy(resolver)
 
 
 def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver:
     """What knows the addresses of the workers."""
     if os.environ.get("TF_CONFIG"):
         return tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    by_slurm = functools.partial(tf.distribute.cluster_resolver.SlurmClusterResolver, port_base=_slurm_port())
     if shutil.which("nvidia-smi") and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        return tf.distribute.cluster_resolver.SlurmClusterResolver()  # gives each worker of a node GPUs of its own
+        return by_slurm()  # gives each worker of a node GPUs of its own
     # Slurm has done so, or there are none, for which TensorFlow fails to count the workers of a node.
-    return tf.distribute.cluster_resolver.SlurmClusterResolver(gpus_per_node=10**6, gpus_per_task=1, auto_set_gpu=False)
+    return by_slurm(gpus_per_node=10**6, gpus_per_task=1, auto_set_gpu=False)
+
+
+def _slurm_port() -> int:
+    """The first port of a job, so that two jobs on one node rarely have the same."""
+    return 20_000 + 16 * (int(os.environ.get("SLURM_JOB_ID", "0")) % 500)
 
 
 def check(strategy: tf.distribute.Strategy, found: Iterable[Held], trains: bool, jit_compile: bool) -> None:
@@ -140,8 +156,13 @@ def _in_environment() -> int:
     try:
         spec, task = resolver.cluster_spec(), resolver.task_type
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"The environment variable TF_CONFIG is malformed: {error}. Correct or unset it.") from error
+        raise _malformed(error) from error
     return 0 if task == "evaluator" else number_of_workers(spec)  # which is alone by design
+
+
+def _malformed(error: Exception) -> ValueError:
+    name = "The environment variable TF_CONFIG" if os.environ.get("TF_CONFIG") else "What Slurm says of its job step"
+    return ValueError(f"{name} is malformed: {str(error).rstrip('.')}. Correct or unset it.")
 
 
 def _scope(strategy: tf.distribute.Strategy | None) -> str:

@@ -70,7 +70,7 @@ class Workers:
                 raise
             say(
                 f"looplab: worker {self.rank} of {self.number} stops, because another one has ended. Start all of them "
-                f"again; with `fit(..., resume=True)`, they continue from the newest checkpoint.",
+                f"again, to resume from the newest checkpoint.",
                 sys.stderr,
             )
             raise WorkerLost from error

@@ -36,7 +36,6 @@ NUMBERS = np.arange(EXAMPLES, dtype="float32")[:, None]
 LOST = 75
 FAULTS = int(os.environ.get("LOOPLAB_FAULTS", "0"))
 SRUN = """#!/bin/bash
-shift  # its flag
 export SLURM_STEP_NODELIST=localhost SLURM_STEP_TASKS_PER_NODE=2 SLURM_STEP_NUM_TASKS=2
 for rank in 0 1; do SLURM_PROCID=$rank "$@" & tasks+=($!); done
 for task in "${tasks[@]}"; do wait "$task" || status=$?; done
@@ -348,7 +347,7 @@ def test_the_job_file_for_kubernetes_names_the_workers():
         "cluster": {"worker": ["vae-0.vae:2222", "vae-1.vae:2222"]},
         "task": {"type": "worker", "index": 1},
     }
-    assert flags.split() == ["multi_worker", "--log-dir", "/runs/vae"]
+    assert flags.split() == ["multi_worker", "--log-dir", "/runs/vae", "--resume", "/runs/vae"]
 
 
 if __name__ == "__main__":

@@ -125,11 +125,14 @@ def _parse(parser: argparse.ArgumentParser, flags: list[Argument], argv: Sequenc
 
 def _run(recipe: Callable[..., Recipe], words: dict[str, Any]) -> None:
     """Does what the flags ask for."""
+    if "strategy" in words:
+        COMMAND.set(f"{COMMAND.get()} --strategy {words['strategy'][0]}")
     if "resume" in words:
         with usage_errors():
             folder = local_path("resume", *words["resume"])
             workers = Workers(create(*words.get("strategy", ["none"])))
-        words = workers.of_chief(lambda: read_config(recipe, folder))["asked"] | words
+        before = workers.of_chief(lambda: read_config(recipe, folder, "log_dir" in words))
+        words = ({} if before is None else before["asked"]) | words
     options = to_options(recipe, words)
     is_summary, pictures = options.pop("summary", False), options.pop("predict", None)
     if not is_summary and pictures is None:

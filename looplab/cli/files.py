@@ -39,12 +39,14 @@ class _Config(msgspec.Struct):
     data_source: dict[str, Any] | None
 
 
-def read_config(recipe: Callable[..., Recipe], folder: Path) -> dict[str, Any]:
-    """The `config.json` of a run to resume.
+def read_config(recipe: Callable[..., Recipe], folder: Path, may_start: bool) -> dict[str, Any] | None:
+    """The `config.json` of a run to resume; None if there is no run, and it may start.
 
     Raises:
         UsageError: There is none, or it is of another recipe.
     """
+    if may_start and not (folder / CONFIG).exists():
+        return None
     config = read_json(folder / CONFIG)
     try:
         msgspec.convert(config, _Config)

@@ -22,7 +22,8 @@ class _Common:
     Args:
         seed: of the weights, the steps and the order of the data
         log_dir: folder for all files of the run (default: logs/<module of the recipe>/<time>)
-        resume: continue the run in this folder, with the flags that it had; --epochs may be larger
+        resume: continue the run in this folder, with the flags that it had; --epochs may be larger; if it is also
+            --log-dir, a run that does not exist starts
         checkpoint_every: save all state every so many steps (default: every epoch)
         weights: .weights.h5 file to start from
         precision: Keras's policy for all layers; the mixed ones compute in 16 bits, faster if hardware supports it

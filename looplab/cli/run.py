@@ -15,6 +15,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from looplab import checks
 from looplab.callbacks import shown, write_png
@@ -56,7 +57,7 @@ def run(
             `logs/<module of the recipe>/<time>`.
         resume: The `log_dir` of a run to resume, to the same bits as if it had not been interrupted. Its arguments are
             restored; pass only objects that no flag can express. `epochs` may be larger. A finished run is left as it
-            is.
+            is. If the folder is also the `log_dir`, a run that does not exist yet starts.
         weights: A `.weights.h5` file to start from.
         precision: Keras's policy for all layers: "float32", the default, "mixed_bfloat16", or "mixed_float16", which
             scales losses.
@@ -73,12 +74,31 @@ def run(
     workers = Workers(scope)
     given = {"seed": seed, "weights": None if weights is None else str(weights), "precision": precision}
     options |= {name: value for name, value in given.items() if value is not None}
+    with workers.needed():
+        made = _run(recipe, options, log_dir, resume, plot, verbose, scope, workers, start)
+        workers.any(False)  # a worker that ends earlier would not be there if the first one had to start again
+    return made
+
+
+def _run(
+    recipe: Callable[..., Recipe],
+    options: dict[str, Any],
+    log_dir: str | Path | None,
+    resume: str | Path | None,
+    plot: str | Path | None,
+    verbose: int | str,
+    scope: tf.distribute.Strategy,
+    workers: Workers,
+    start: float,
+) -> Recipe:
+    """Runs a recipe on all workers: see `run`."""
     with usage_errors():
         folder = workers.of_chief(lambda: _folder(recipe, log_dir, resume))
         plot = None if plot is None or not workers.is_chief else _plot(local_path("plot", plot))
     asked, before = to_words(recipe, options), None
     if resume is not None:
-        before = workers.of_chief(lambda: files.read_config(recipe, folder))
+        before = workers.of_chief(lambda: files.read_config(recipe, folder, log_dir is not None))
+    if before is not None:
         kept = {name: words for name, words in before["asked"].items() if name not in options}
         options = to_options(recipe, kept) | options
         asked = before["asked"] | asked
@@ -116,7 +136,7 @@ def run(
         if arguments["weights"] is not None and not process.past_steps:
             made.build(arguments["weights"])
         checks.positive(epochs=made.epochs, batch_size=made.batch_size)
-        process.run(plot, verbose, resumes=resume is not None)
+        process.run(plot, verbose, resumes=before is not None)
     return made
 
 
