@@ -97,8 +97,7 @@ class Trainer(Steps):
         self.seed_generator = keras.random.SeedGenerator(self.seed)
         """For the random numbers of a step."""
         self.checkpoint = checkpoint
-        self.history: keras.callbacks.History | None = None
-        """That of the last `fit`."""
+        self.history: keras.callbacks.History | None = None  # that of the last `fit`
         self.stop_training = False
         """Whether `fit` ends after the running graph call; callbacks set it."""
         self.skip_nonfinite = 0
@@ -273,7 +272,8 @@ class Trainer(Steps):
 
     def save_weights(self, filepath: str | Path, overwrite: bool = True) -> None:
         """Writes `weights` to a `.weights.h5` file; that of one Keras model is the one that the model would write."""
-        self._looplab.runner.variables.saveable("save").save_weights(Path(filepath).expanduser(), overwrite=overwrite)
+        model, path = self._looplab.runner.variables.saveable("save"), Path(filepath).expanduser()
+        self._looplab.workers.if_chief(model.save_weights, path, overwrite=overwrite)
 
     def load_weights(self, filepath: str | Path) -> None:
         """Assigns the weights that `save_weights` wrote, of the same models, which must be built."""
@@ -281,11 +281,12 @@ class Trainer(Steps):
 
     def save(self, filepath: str | Path, overwrite: bool = True) -> None:
         """Writes the one Keras model that has all weights to a `.keras` file, compiled as the trainer is."""
-        self._looplab.runner.save(Path(filepath).expanduser(), overwrite)
+        self._looplab.workers.if_chief(self._looplab.runner.save, Path(filepath).expanduser(), overwrite)
 
     def export(self, filepath: str | Path, **options: Any) -> None:
         """Writes the one Keras model that has all weights as a SavedModel for inference, as `keras.Model.export`."""
-        self._looplab.runner.variables.one_model("export").export(Path(filepath).expanduser(), **options)
+        model, path = self._looplab.runner.variables.one_model("export"), Path(filepath).expanduser()
+        self._looplab.workers.if_chief(model.export, path, **options)
 
     def summary(self, **options: Any) -> None:
         """Prints `keras.Model.summary` of each Keras model, with the output shapes of subclassed ones once built."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from looplab.warn import be_quiet, say
 
 T = TypeVar("T")
 _WORD = np.dtype(np.int64)
+_DIFFER = re.compile("(?:Shape mismatch in|expected type).*")
 
 
 class WorkerLost(SystemExit):
@@ -66,7 +68,14 @@ class Workers:
         try:
             yield
         except tf.errors.OpError as error:
-            if self.number == 1 or "Collective ops is aborted" not in str(error):
+            if self.number == 1 or "Collective" not in str(error):
+                raise
+            if _DIFFER.search(str(error)):
+                raise RuntimeError(
+                    f"The {self.number} workers do not do the same: {_DIFFER.findall(str(error))[-1]}. Run the same "
+                    f"program, with the same arguments, on all of them."
+                ) from error
+            if not isinstance(error, tf.errors.UnavailableError):
                 raise
             say(
                 f"looplab: worker {self.rank} of {self.number} stops, because another one has ended. Start all of them "
@@ -118,6 +127,22 @@ class Workers:
         if error is not None or their_error is not None:
             raise error or their_error
         return result if self.is_chief else their_result  # type: ignore[return-value]
+
+    def require_same(self, of: str, describe: Callable[[], dict[str, Any]]) -> None:
+        """Raises `ValueError` on all workers if something that `describe` names is not the same on each."""
+        found = [] if self.number == 1 else self.of_all(describe())
+        for rank, theirs in enumerate(found):
+            for name, thing in theirs.items():
+                if thing != (first := found[0].get(name)):
+                    raise ValueError(
+                        f"{of}: {name} is {first!r} on the first worker, and {thing!r} on worker {rank}. Pass the same "
+                        f"on all workers."
+                    )
+
+    def if_chief(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Calls a function on the chief alone."""
+        if self.is_chief:
+            function(*args, **kwargs)
 
     def _sum(self, table: np.ndarray) -> np.ndarray:
         if self.number == 1:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import looplab
-from looplab.data import arrays
+from looplab.data import arrays, sharing
 from looplab.data import batches as data
 
 N = 10  # examples; in batches of 4 a pass over them has the sizes 4, 4, 2
@@ -347,4 +347,19 @@ def test_function_must_return_a_dataset_for_each_epoch(value, epoch):
 
 def test_a_change_of_the_structure_alone_is_described():
     spec = tf.TensorSpec((None, 4))
-    assert data.changes((spec,), spec) == f"a batch was {(spec,)}, and is {spec}"
+    assert arrays.changes((spec,), spec) == f"a batch was {(spec,)}, and is {spec}"
+
+
+def test_workers_divide_by_file_only_what_has_the_same_rows_then(tmp_path):
+    for index in range(3):
+        with tf.io.TFRecordWriter(str(tmp_path / str(index))) as writer:
+            writer.write(b"1")
+    listed = tf.data.Dataset.list_files(f"{tmp_path}/*", seed=1).interleave(tf.data.TFRecordDataset, cycle_length=2)
+    rows = tf.data.TFRecordDataset([str(tmp_path / str(index)) for index in range(3)]).map(tf.strings.to_number)
+    by_file = [rows.batch(2), listed.shuffle(5, seed=1).batch(2).prefetch(1), rows.cache().batch(2).map(lambda x: x)]
+    by_row = [rows.take(2).batch(2), rows.skip(1).batch(2), rows.batch(2).repeat(), rows.batch(2, drop_remainder=True)]
+    by_row += [rows.concatenate(rows).batch(2), tf.data.Dataset.range(9).batch(2)]
+    assert [sharing.is_by_row(dataset, 3, ordered=False) for dataset in by_file] == [False] * 3
+    assert [sharing.is_by_row(dataset, 3, ordered=False) for dataset in by_row] == [True] * 6
+    assert all(sharing.is_by_row(dataset, 4, ordered=False) for dataset in by_file)  # too few files
+    assert all(sharing.is_by_row(dataset, 3, ordered=True) for dataset in by_file)

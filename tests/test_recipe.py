@@ -21,7 +21,7 @@ from looplab.testing import read_scalars
 DIGITS = looplab.Data("digits", limit=128)  # two steps of 64 an epoch
 COMMON_FLAGS = {"help", "seed", "log_dir", "weights", "precision", "plot", "summary", "predict", "verbose"}
 COMMON_FLAGS |= {"steps_per_execution", "run_eagerly", "jit_compile", "fused_updates", "profile_steps"}
-COMMON_FLAGS |= {"resume", "checkpoint_every"}
+COMMON_FLAGS |= {"resume", "strategy", "checkpoint_every"}
 TENSORBOARD = "tensorboard --logdir {} --samples_per_plugin scalars=999999999"
 
 SMALL = '''

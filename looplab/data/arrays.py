@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,3 +162,13 @@ def changes(before: Any, after: Any) -> str:
         if old != new
     )
     return different or f"a batch was {before}, and is {after}"
+
+
+def checksum(arrays: Any) -> int:
+    """Of up to 1,000 rows of arrays, evenly apart; 0 for None."""
+    dense = [leaf for leaf in leaves(arrays) if not isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor))]
+    total = 0
+    for leaf in dense:
+        rows = np.unique(np.linspace(0, len(leaf) - 1, 1000).astype(np.int64))
+        total = zlib.crc32(tf.io.serialize_tensor(tf.gather(leaf, rows)).numpy(), total)
+    return total

@@ -17,7 +17,7 @@ from looplab.data.arrays import is_arrays, leaves, to_arrays
 from looplab.data.iteration import Batches
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
 from looplab.data.resident import Resident, gather, number_of, rows_of
-from looplab.data.sharing import Policy, have_equal_batches, shared
+from looplab.data.sharing import Policy, is_by_row, shared
 from looplab.warn import warn
 
 _BUFFER = 4  # batches that are prepared while the graph computes
@@ -67,7 +67,7 @@ def from_arguments(
             )
         steps = _limited(name, steps, sources.length(x))
         batches = _from_source(name, x, steps, training_from, seed if shuffle else None)
-        if isinstance(x, tf.data.Dataset) and not have_equal_batches(x, workers, not training):
+        if isinstance(x, tf.data.Dataset) and not is_by_row(x, workers, not training):
             batches = dataclasses.replace(batches, steps=steps)  # a worker may have more of them
 
     plain = batches.start(first_epoch, 0)
@@ -80,7 +80,12 @@ def from_arguments(
     first = distributed(plain)
 
     def start(epoch: int, batch: int = 0) -> Any:
-        return first if (epoch, batch) == (first_epoch, 0) else distributed(batches.start(epoch, batch))
+        if (epoch, batch) == (first_epoch, 0):
+            return first
+        whole = batches.start(epoch, 0) if batch and workers > 1 else None
+        if isinstance(whole, tf.data.Dataset) and not is_by_row(whole, workers, not training):
+            return sources.ReadOnce(distributed(whole), batch)  # of which each worker has read a part
+        return distributed(batches.start(epoch, batch))
 
     return dataclasses.replace(
         batches,

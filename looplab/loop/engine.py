@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from looplab import strategies
 from looplab.callbacks import begin_batch, end_batches, hooked_to_batches
-from looplab.data.arrays import unpack
+from looplab.data.arrays import checksum, unpack
 from looplab.data.batches import Batches, from_arguments
 from looplab.loop import step_checks
 from looplab.loop.call_logs import CallLogs
@@ -57,8 +57,7 @@ class Engine:
         self.folder = folder
         self.is_seeded = is_seeded
         self.workers = workers
-        self.replicas: int = runner.strategy.num_replicas_in_sync
-        """How many there are on all workers."""
+        self.replicas: int = runner.strategy.num_replicas_in_sync  # of all workers
         self.tracer = Tracer(runner, is_alone=workers.number == 1)
         self.costs = Costs()  # of the last call of `fit`
         self.profile_steps: tuple[int, int] | None = None  # the first and the last one
@@ -85,9 +84,10 @@ class Engine:
 
     def batches(self, name: str, *data: Any, **options: Any) -> Batches:
         """The batches of data as users pass it: see `from_arguments`."""
-        return from_arguments(
-            name, *data, **options, seed=self.state.seed, strategy=self.runner.strategy, workers=self.workers.number
-        )
+        options |= {"seed": self.state.seed, "strategy": self.runner.strategy, "workers": self.workers.number}
+        batches = from_arguments(name, *data, **options)
+        self.workers.require_same(f"`{name}`", lambda: {**batches.described, "checksum": checksum(batches.arrays)})
+        return batches
 
     def run(
         self,

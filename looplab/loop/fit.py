@@ -127,6 +127,7 @@ class Fit:
                     state.logs = logs | {f"val_{name}": value for name, value in values.items()}
                 with engine.costs.of("callbacks"):
                     callbacks.on_epoch_end(state.epoch, state.logs)
+                engine.stops("train")  # on any worker, which the checkpoint has
                 # Before the checkpoint, which holds all points so far: its time counts to the next epoch.
                 events.scalars("time", state.epochs, {f"time/{name}": n for name, n in engine.costs.lap().items()})
 

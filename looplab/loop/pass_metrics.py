@@ -109,7 +109,8 @@ class PassMetrics:
             values = [(part, copy) for part in parts if (copy := step.copies.of(part)) is not None]
             mean = self._runner.objective.mean
             if loss is not None and mean not in self._runner.batch_metrics.updated["test"]:
-                values += [(mean.total, loss), (mean.count, 1.0)]
+                shown = (mean.total, loss), (mean.count, 1.0)
+                values += [(part, value) for v, value in shown for part in of_each_replica(v).values()]
         kept = [(variable, to_numpy(variable)) for variable, _ in values]
         for variable, value in values:
             variable.assign(value)

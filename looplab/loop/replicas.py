@@ -85,6 +85,9 @@ def added(gradients: Sequence[Any], part: Any, *others: tf.Tensor) -> tuple[list
 
 def counted(value: Any, part: Any) -> Any:
     """`value`, or zeros if this replica has no examples, of which it computes anything."""
+    strategy = tf.distribute.get_strategy()
+    if isinstance(value, tf.IndexedSlices) and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        value = tf.convert_to_tensor(value)  # workers add up numbers of one shape alone
     if isinstance(value, tf.IndexedSlices):
         return tf.IndexedSlices(counted(value.values, part), value.indices, value.dense_shape)
     return tf.where(part > 0, value, tf.zeros_like(value)) if tf.is_tensor(part) else value

@@ -17,17 +17,15 @@ import textwrap
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parent))
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from test_replicas import BATCH, CASES, X, Y, assert_equal_but_for_rounding, interrupted, losses, table, train
 
 import looplab
 from looplab.testing import read_scalars
+from tests.test_replicas import BATCH, CASES, X, Y, assert_equal_but_for_rounding, interrupted, losses, table, train
 
 ROOT = Path(looplab.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -110,6 +108,19 @@ def compute(strategy, rank, folder):
         trainer.fit(tf.data.Dataset.from_tensor_slices((NUMBERS, NUMBERS)).shuffle(9).batch(4), verbose=0)
     with pytest.raises(ValueError, match=f"the trainer has {workers} workers"):
         trainer.train_on_batch(NUMBERS, NUMBERS)
+    with pytest.raises(ValueError, match="`fit`: epochs is 1 on the first worker, and 2 on worker 1. Pass the same"):
+        trainer.fit(NUMBERS, NUMBERS, epochs=1 + rank, verbose=0)
+    with pytest.raises(ValueError, match="`x`: checksum is"):
+        trainer.fit(NUMBERS + rank, NUMBERS, verbose=0)
+    trainer.save_weights(folder / "all.weights.h5")
+    looks = [keras.callbacks.Callback()] if rank == 0 else []
+    assert trainer.evaluate(NUMBERS, NUMBERS, callbacks=looks, verbose=0)
+    with strategy.scope():  # of an uneven last batch, whose sparse gradients have another shape
+        words = keras.Sequential([keras.Input((1,), dtype="int32"), layers.Embedding(5, 1), layers.Flatten()])
+        other = looplab.Trainer(words, optimizer=keras.optimizers.SGD(0.1), loss="mse", seed=0)
+    words.set_weights([np.zeros((5, 1))])
+    other.fit(NUMBERS[:50] % 5, NUMBERS[:50], batch_size=8, verbose=0, shuffle=False)
+    found["embedding"] = words.get_weights()[0]
     np.savez(folder / f"found-{rank}.npz", **found)
 
 
@@ -262,6 +273,18 @@ def test_a_fault_on_one_worker_is_the_same_error_on_all(computed):
         assert found["error"] == computed[0]["error"]
     assert "The loss is not finite, at step 4" in str(computed[0]["error"])
     assert "`x` itself is not finite, first in row 23 of the batch" in str(computed[0]["error"])
+
+
+def test_sparse_gradients_of_an_uneven_batch_are_added_up(computed):
+    table = np.zeros((5, 1))
+    for start in range(0, 50, 8):
+        rows = np.arange(start, min(start + 8, 50))
+        gradient = np.zeros((5, 1))
+        for row in rows:
+            gradient[row % 5] += 2 * (table[row % 5] - row) / len(rows)
+        table -= 0.1 * gradient
+    for found in computed:
+        np.testing.assert_allclose(found["embedding"], table, rtol=1e-5)
 
 
 def results(folder):
