@@ -186,6 +186,13 @@ def named(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def same(workers: Any, log_dir: Any, epochs: int, initial_epoch: int, resume: bool, validation_data: Any) -> None:
+    """Requires the same arguments of `fit` on all workers; of some, only whether they are given."""
+    given = {"`log_dir` is given": log_dir is not None, "`validation_data` is given": validation_data is not None}
+    arguments = {"`epochs`": epochs, "`initial_epoch`": initial_epoch, "`resume`": resume}
+    workers.require_same("`fit`", lambda: arguments | given)
+
+
 def unseeded(what: str, resumes: bool, workers: int) -> None:
     """Warns of a random dataset that cannot be restored; raises an error if a run resumes or workers share it."""
     effect = "a resumed training sees other batches than one that was never interrupted"

@@ -277,16 +277,15 @@ def fit(
     checks.resume(resume, engine.folder.path)
     checks.learning_rates(trainer.optimizers)
     given = checks.callbacks(callbacks)
+    checks.same(engine.workers, engine.folder.path, epochs, initial_epoch, resume, validation_data)
     engine.runner.class_weights = ClassWeights.of(class_weight)
     if validation_split and validation_data is None:
         x, y, sample_weight, validation_data = held_out(x, y, sample_weight, validation_split)
     with engine.workers.needed(), contextlib.ExitStack() as on_exit:
         engine.workers.of_chief(lambda: on_exit.enter_context(engine.folder.owned(resume)))
         found = Resume(engine, trainer.checkpoint, resume)
-        first = found.first_epoch(initial_epoch)
-        train = engine.batches(
-            "x", x, y, sample_weight, batch_size, shuffle=shuffle, steps=steps_per_epoch, training_from=first
-        )
+        order = {"shuffle": shuffle, "training_from": found.first_epoch(initial_epoch)}
+        train = engine.batches("x", x, y, sample_weight, batch_size, steps=steps_per_epoch, **order)
         validation = None
         if validation_data is not None:
             checks.test_step("validation_data", trainer)

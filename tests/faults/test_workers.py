@@ -108,7 +108,7 @@ def compute(strategy, rank, folder):
         trainer.fit(tf.data.Dataset.from_tensor_slices((NUMBERS, NUMBERS)).shuffle(9).batch(4), verbose=0)
     with pytest.raises(ValueError, match=f"the trainer has {workers} workers"):
         trainer.train_on_batch(NUMBERS, NUMBERS)
-    with pytest.raises(ValueError, match="`fit`: epochs is 1 on the first worker, and 2 on worker 1. Pass the same"):
+    with pytest.raises(ValueError, match=r"`fit`: `epochs` is 1 on the first worker, and 2 on worker 1. Pass the same"):
         trainer.fit(NUMBERS, NUMBERS, epochs=1 + rank, verbose=0)
     with pytest.raises(ValueError, match="`x`: checksum is"):
         trainer.fit(NUMBERS + rank, NUMBERS, verbose=0)
