@@ -45,7 +45,6 @@ class Workers:
         """How many there are."""
         self.rank = rank_of(resolver) if self.number > 1 else 0
         """Which one this is; the first is the chief, which alone writes."""
-        self._strategy = strategy
         if not self.is_chief:
             be_quiet()
 
