@@ -56,8 +56,7 @@ def from_arguments(
     if is_arrays(x):
         arrays, batch_size = to_arrays(name, x, y, sample_weight), batch_size or 32
         steps = _limited(name, steps, math.ceil(leaves(arrays)[0].shape[0] / batch_size))
-        replicas = strategy.num_replicas_in_sync
-        batches = _from_arrays(name, arrays, batch_size, seed if shuffle else None, steps, training_from, replicas)
+        batches = _from_arrays(name, arrays, batch_size, seed if shuffle else None, steps, training_from, strategy)
     else:
         others = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
         if given := [f"`{other}`" for other, value in others.items() if value is not None]:
@@ -121,8 +120,9 @@ def _from_arrays(
     seed: int | None,
     steps: int | None,
     training_from: int | None,
-    replicas: int,
+    strategy: tf.distribute.Strategy,
 ) -> Batches:
+    replicas = strategy.num_replicas_in_sync
     if replicas > 1 and any(isinstance(leaf, tf.SparseTensor) for leaf in leaves(arrays)):
         raise ValueError(
             f"`{name}` has a sparse array, which TensorFlow cannot split among {replicas} replicas. Pass a dense one, "
