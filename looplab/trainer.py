@@ -146,7 +146,7 @@ class Trainer(Steps):
             ValueError: An argument, the data, a checkpoint or the folder is wrong. Nothing was changed.
             FloatingPointError: The loss or gradients are not finite. The update was not made.
             OSError: A checkpoint could not be written.
-            SystemExit: SIGTERM or Ctrl-C arrived, and everything is saved; with status 143 or 130.
+            SystemExit: SIGTERM or Ctrl-C arrived, and all is saved (status 143 or 130), or another worker ended (75).
         """
         return fit(
             self._looplab,

@@ -37,7 +37,7 @@ class Interrupts:
     In other threads than the main thread, where Python cannot install handlers, signals do what they did before.
 
     Args:
-        stop: A variable that the graph reads after each step.
+        stop: A variable that the graph reads after each step, unless there are other workers.
         saves: Whether the training saves its state, and ends with `Interrupted`. If not, only Ctrl-C waits for the
             running step, so that counters and variables agree, and raises `KeyboardInterrupt`.
         workers: Those that train together: a signal that one of them receives ends the training of all.
