@@ -136,9 +136,10 @@ class Pictures(keras.callbacks.Callback):
         log_dir = self.model.log_dir
         if log_dir is None:
             return
-        for name, image in self._draw().items():
+        for name, image in self._draw().items():  # on all workers, because it may predict
             self.model.log_image(name, image[None])
-            write_png(Path(log_dir) / "pictures" / f"{name}-{epoch + 1:03d}.png", image)
+            if self.model.is_chief:
+                write_png(Path(log_dir) / "pictures" / f"{name}-{epoch + 1:03d}.png", image)
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:

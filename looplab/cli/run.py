@@ -117,7 +117,7 @@ def _run(
             "optimizers": {path: config_of(optimizer) for path, optimizer in made.trainer.optimizers.items()},
             "log_dir": folder,
             "data_source": files.source_of(made.data),
-            "environment": files.environment(recipe),
+            "environment": files.environment(recipe) | {"replicas": scope.num_replicas_in_sync},
             "asked": asked,
         }
         process = _Process(made, folder if workers.is_chief else Path(dropped), arguments, config, start)

@@ -149,8 +149,8 @@ class Fit:
 
     def _between(self, saving: Saving, interrupts: Interrupts, profile: Profile, done: int) -> int | None:
         """Saves and profiles if that is due, and returns after how many steps it is due again."""
-        store, steps = self.resume.store, self.engine.state.steps
-        if self.engine.workers.of_chief(lambda: bool(done) and store.is_due_after_step(steps)):
+        store, workers, steps = self.resume.store, self.engine.workers, self.engine.state.steps
+        if workers.any(workers.is_chief and done and store.is_due_after_step(steps)):
             saving.save()
         interrupts.check()
         left = [store.steps_left(steps), profile.left(steps)]
