@@ -17,6 +17,7 @@ import keras
 import numpy as np
 
 from looplab import compat
+from looplab.keras_models import with_rates
 from looplab.variables import to_numpy
 from looplab.walk import overrides
 from looplab.warn import warn
@@ -145,7 +146,7 @@ def hparams(values: Any) -> None:
 
 def learning_rates(optimizers: dict[str, keras.optimizers.Optimizer]) -> None:
     """Requires finite numbers of at least 0; does not check schedules."""
-    for path, optimizer in compat.with_rates(optimizers).items():
+    for path, optimizer in with_rates(optimizers).items():
         if not isinstance(compat.learning_rate(optimizer), keras.optimizers.schedules.LearningRateSchedule):
             rate = float(to_numpy(getattr(optimizer, "inner_optimizer", optimizer).learning_rate))
             if not 0 <= rate < math.inf:
@@ -199,9 +200,9 @@ def unseeded(what: str, resumes: bool, workers: int) -> None:
     if workers > 1:
         effect = f"the {workers} workers, which each read a part of it, would see some examples twice and others never"
     text = (
-        f"`x` has {what}, so {effect}. Pass a seed, "
-        f"such as `dataset.shuffle(1000, seed=0)`; augment examples within the step, or with `tf.random.stateless_...` "
-        f"and a seed from the data."
+        f"`x` has {what}, so {effect}. Pass a seed, such as `dataset.shuffle(1000, seed=0)`; leave out "
+        f"`deterministic=False`; augment examples within the step, or with `tf.random.stateless_...` and a seed from "
+        f"the data."
     )
     if resumes or workers > 1:
         raise ValueError(text)

@@ -97,15 +97,6 @@ def learning_rate(optimizer: keras.Optimizer) -> Any:
     return getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
 
 
-def with_rates(optimizers: dict[str, keras.Optimizer]) -> dict[str, keras.Optimizer]:
-    """The optimizers that have a learning rate, by path: instead of a `MultiOptimizer` those inside it."""
-    found: dict[str, keras.Optimizer] = {}
-    for path, optimizer in optimizers.items():
-        inner = getattr(optimizer, "optimizers", None)
-        found |= {path: optimizer} if inner is None else {f"{path}/{index}": one for index, one in enumerate(inner)}
-    return found
-
-
 def adam_slots(optimizer: keras.Optimizer, variable: tf.Variable) -> tuple[tf.Variable, tf.Variable]:
     """The averages of the gradient of a variable and of its square."""
     index = optimizer._get_variable_index(variable)
@@ -255,6 +246,11 @@ def operation_types(graph: tf.Graph) -> set[str]:
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
     return {node.op for node in nodes}
+
+
+def is_ordered(dataset: tf.data.Dataset) -> bool:
+    """Whether this dataset itself keeps its order, though threads compute it."""
+    return getattr(dataset, "_deterministic", None) != "false" and dataset.options().deterministic is not False
 
 
 def draws_anew(dataset: tf.data.Dataset) -> bool:

@@ -102,3 +102,12 @@ class AsCompiled:
         if self._name == "steps_per_execution":
             return compiled if compiled and compiled > 1 else self.default
         return bool(compiled) and not (self._name == "jit_compile" and compat.is_jit_by_default(model))
+
+
+def with_rates(optimizers: dict[str, keras.Optimizer]) -> dict[str, keras.Optimizer]:
+    """The optimizers that have a learning rate, by path: instead of a `MultiOptimizer` those inside it."""
+    found: dict[str, keras.Optimizer] = {}
+    for path, optimizer in optimizers.items():
+        inner = getattr(optimizer, "optimizers", None)
+        found |= {path: optimizer} if inner is None else {f"{path}/{index}": one for index, one in enumerate(inner)}
+    return found

@@ -1189,6 +1189,12 @@ def of_several():
     return tf.data.Dataset.range(2).flat_map(lambda number: batches(X, LABELS).shuffle(9))
 
 
+def in_no_order():
+    options = tf.data.Options()
+    options.deterministic = False
+    return options
+
+
 def with_generator():
     generator = tf.random.Generator.from_seed(1)
     return batches(X, LABELS).map(lambda x, y: (x + generator.normal(tf.shape(x)), y))
@@ -1290,6 +1296,18 @@ WARNINGS = {
             batches(X, LABELS).map(lambda x, y: (x + tf.random.uniform(tf.shape(x)), y)), verbose=0
         ),
     ),
+    **{
+        f"dataset in no order, by its {what}, to be saved": (
+            f"`x` has `{name}` with `deterministic=False`.*leave out `deterministic=False`",
+            lambda place, change=change: trainer(log_dir=place.folder / "run").fit(
+                change(batches(X, LABELS)), verbose=0
+            ),
+        )
+        for what, name, change in [
+            ("map", "map", lambda data: data.map(lambda x, y: (x, y), num_parallel_calls=2, deterministic=False)),
+            ("options", "options", lambda data: data.with_options(in_no_order())),
+        ]
+    },
     "dataset with fewer batches than steps": (
         "data ended after 3 of 5 batches",
         lambda _: trainer().evaluate(batches(X, LABELS), steps=5, verbose=0),

@@ -345,8 +345,16 @@ def test_an_error_names_the_argument_or_is_that_of_the_data(arguments, text):
         looplab.Trainer(model()).fit(**arguments, verbose=0)
 
 
-def test_sparse_arrays_are_refused_with_several_replicas(two_devices):
-    with two_devices.scope():
-        trainer = looplab.Trainer(model(sparse=True))
-    with pytest.raises(ValueError, match="`x` has a sparse array, which TensorFlow cannot split among 2 replicas"):
-        trainer.fit(tf.sparse.from_dense(SPARSE), Y, verbose=0)
+def test_sparse_batches_that_may_leave_a_replica_without_rows_are_an_error(two_devices):
+    """With one size, they train as on one device."""
+    sparse = tf.sparse.from_dense(SPARSE)
+    data = tf.data.Dataset.from_tensor_slices((sparse, Y))
+    found = []
+    for scope in (two_devices.scope(), contextlib.nullcontext()):
+        with scope:
+            trainer = looplab.Trainer(model(sparse=True), optimizer="sgd", loss="mse", seed=0)
+        for arguments in ((sparse, Y), (data.batch(8),)) if not found else ():
+            with pytest.raises(ValueError, match=r"`x` has sparse batches, .* fewer rows than the 2 replicas"):
+                trainer.fit(*arguments, verbose=0)
+        found.append(trainer.fit(data.batch(8, drop_remainder=True), verbose=0).history["loss"])
+    np.testing.assert_allclose(*found, rtol=1e-5)

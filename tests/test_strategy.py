@@ -467,6 +467,59 @@ def test_masked_positions_count_over_the_whole_batch(two_devices):
     assert_replicas_equal_one_device(two_devices, create, tokens, y)
 
 
+class Padded(layers.Layer):
+    """Rows of up to 4 numbers as dense ones."""
+
+    def call(self, rows):
+        return rows.to_tensor(shape=(None, 4))
+
+    def compute_output_shape(self, shape):
+        return shape[0], 4
+
+
+@pytest.mark.parametrize("as_arrays", [True, False])
+def test_ragged_rows_are_shared_among_replicas(line, two_devices, as_arrays):
+    x, y = (part[:73] for part in line)
+    ragged = tf.RaggedTensor.from_tensor(x, lengths=np.arange(73) % 4 + 1)
+
+    def create():
+        net = keras.Sequential([keras.Input((None,), ragged=True), Padded(), layers.Dense(8, "tanh"), layers.Dense(1)])
+        return looplab.Trainer(net, optimizer="adam", loss="mse", seed=0)
+
+    if as_arrays:
+        assert_replicas_equal_one_device(two_devices, create, ragged, y)
+    else:
+        data = tf.data.Dataset.from_tensor_slices((ragged, y)).batch(24)
+        found = []
+        for scope in (contextlib.nullcontext(), two_devices.scope()):
+            keras.utils.set_random_seed(0)
+            with scope:
+                found.append(create().fit(data, epochs=2, verbose=0).history["loss"])
+        np.testing.assert_allclose(*found, rtol=2e-5)
+
+
+class Total(keras.metrics.Metric):
+    """Whose result is its variable."""
+
+    def __init__(self, name="total"):
+        super().__init__(name=name)
+        self.sum = self.add_weight(name="sum", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.sum.assign_add(tf.reduce_sum(tf.abs(y_true - y_pred)))
+
+    def result(self):
+        return self.sum
+
+
+def test_a_result_may_be_the_variable_of_a_metric(line, two_devices):
+    create = regression(optimizer=lambda: "sgd", loss=lambda: "mse", metrics=lambda: [Total()])
+    x, y = (part[:73] for part in line)
+    for trainer in assert_replicas_equal_one_device(two_devices, create, x, y):
+        expected = np.abs(trainer.predict(x, verbose=0) - y).sum()
+        assert trainer.evaluate(x, y, batch_size=24, verbose=0)["total"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_own_step_of_a_model_trains_as_on_one_device(line, two_devices):
     def create():
         model = OwnStep()

@@ -17,7 +17,7 @@ from looplab.data.arrays import is_arrays, leaves, to_arrays
 from looplab.data.iteration import Batches
 from looplab.data.randomness import draws_at_start, find_unseeded, reshuffles
 from looplab.data.resident import Resident, gather, number_of, rows_of
-from looplab.data.sharing import Policy, is_by_row, shared
+from looplab.data.sharing import Policy, check_sparse, is_by_row, shared
 from looplab.warn import warn
 
 _BUFFER = 4  # batches that are prepared while the graph computes
@@ -58,18 +58,14 @@ def from_arguments(
         steps = _limited(name, steps, math.ceil(leaves(arrays)[0].shape[0] / batch_size))
         batches = _from_arrays(name, arrays, batch_size, seed if shuffle else None, steps, training_from, strategy)
     else:
-        others = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
-        if given := [f"`{other}`" for other, value in others.items() if value is not None]:
-            raise ValueError(
-                f"{', '.join(given)} must not be given if `{name}` yields batches itself; `{name}` is a "
-                f"{type(x).__name__}. Let its elements be batches: x, (x, y) or (x, y, sample_weight)."
-            )
+        _require_no_arrays(name, x, y=y, sample_weight=sample_weight, batch_size=batch_size)
         steps = _limited(name, steps, sources.length(x))
         batches = _from_source(name, x, steps, training_from, seed if shuffle else None)
         if isinstance(x, tf.data.Dataset) and not is_by_row(x, workers, not training):
             batches = dataclasses.replace(batches, steps=steps)  # a worker may have more of them
 
     plain = batches.start(first_epoch, 0)
+    check_sparse(name, plain.element_spec, strategy.num_replicas_in_sync)
 
     def distributed(data: Any) -> Any:
         if isinstance(data, tf.data.Dataset):
@@ -100,6 +96,14 @@ def from_arguments(
     )
 
 
+def _require_no_arrays(name: str, x: Any, **others: Any) -> None:
+    if given := [f"`{other}`" for other, value in others.items() if value is not None]:
+        raise ValueError(
+            f"{', '.join(given)} must not be given if `{name}` yields batches itself; `{name}` is a "
+            f"{type(x).__name__}. Let its elements be batches: x, (x, y) or (x, y, sample_weight)."
+        )
+
+
 def _limited(name: str, steps: int | None, size: int | None) -> int | None:
     """`steps`, or the most batches that Keras is set to run in a pass, if a pass would have more.
 
@@ -123,11 +127,6 @@ def _from_arrays(
     strategy: tf.distribute.Strategy,
 ) -> Batches:
     replicas = strategy.num_replicas_in_sync
-    if replicas > 1 and any(isinstance(leaf, tf.SparseTensor) for leaf in leaves(arrays)):
-        raise ValueError(
-            f"`{name}` has a sparse array, which TensorFlow cannot split among {replicas} replicas. Pass a dense one, "
-            f"or create the trainer outside of the strategy's scope."
-        )
     resident = Resident(arrays, batch_size, seed)
     length = steps or resident.batches
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from looplab.compat import dataset_function, dataset_seeds, draws_anew, operation_types, parents
+from looplab.compat import dataset_function, dataset_seeds, draws_anew, is_ordered, operation_types, parents
 
 # Kernels that keep a counter of their own; stateless kernels and those of `tf.random.Generator` do not.
 _UNSAVED_RANDOM = {
@@ -17,11 +17,13 @@ _COUNTING = {"RngReadAndSkip", "RngSkip", "AssignVariableOp", "AssignAddVariable
 
 
 def find_unseeded(dataset: tf.data.Dataset) -> str:
-    """What is random in a dataset without a seed; "" if nothing is."""
+    """What differs in a dataset from run to run; "" if nothing does."""
     for parent in parents(dataset):
         if found := find_unseeded(parent):
             return found
-    kind = type(dataset).__name__.strip("_").removesuffix("Dataset").lower()
+    kind = type(dataset).__name__.strip("_").removesuffix("Dataset").removeprefix("Parallel").lower()
+    if not is_ordered(dataset):
+        return f"`{kind}` with `deterministic=False`"
     if all(seed is not None and int(seed) == 0 for seed in dataset_seeds(dataset)):
         return f"`{kind}` without a `seed`"
     function = dataset_function(dataset)

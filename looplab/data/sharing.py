@@ -1,8 +1,9 @@
-"""How several workers share a dataset."""
+"""How several workers share a dataset, and what cannot be shared."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import tensorflow as tf
 
@@ -41,6 +42,17 @@ def is_by_row(dataset: tf.data.Dataset, workers: int, ordered: bool) -> bool:
     """Whether workers that share the dataset read the batches that it has itself, each a part of the rows."""
     options = shared(dataset, workers, ordered).options()
     return workers == 1 or options.experimental_distribute.auto_shard_policy == Policy.DATA
+
+
+def check_sparse(name: str, element_spec: Any, replicas: int) -> None:
+    """Requires that each replica gets a row of each sparse batch: TensorFlow cannot share one with fewer rows."""
+    sparse = [spec for spec in tf.nest.flatten(element_spec) if isinstance(spec, tf.SparseTensorSpec)]
+    if replicas > 1 and any((spec.shape[0] or 0) < replicas for spec in sparse):
+        raise ValueError(
+            f"`{name}` has sparse batches, and TensorFlow cannot split one that has fewer rows than the {replicas} "
+            f"replicas. Pass dense arrays, or a dataset of which all batches have one size, with "
+            f"`batch(..., drop_remainder=True)`."
+        )
 
 
 def _files(dataset: tf.data.Dataset) -> int:

@@ -128,7 +128,9 @@ class Compiled:
 
         with releasable, temporary_graph().as_default():
             signature = tf.nest.map_structure(of_one_replica, self.element_spec)
-            batch = tf.nest.map_structure(lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), signature)
+            batch = tf.nest.map_structure(
+                lambda spec: tf.compat.v1.placeholder(spec.dtype, spec.shape), signature, expand_composites=True
+            )
             self._strategy.run(create, (batch,))
 
     def _whole_step(self, batch: Any) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any, tf.Tensor]:

@@ -55,7 +55,8 @@ class PassMetrics:
         metrics = {id(source.metric): source.metric for source in sources.values()}
         with self._runner.eager_lock, self._in_scope(step):
             outcomes = {key: metric.result() for key, metric in metrics.items()}
-            results = {name: float(source.of(outcomes[id(source.metric)])) for name, source in sources.items()}
+            found = {name: source.of(outcomes[id(source.metric)]) for name, source in sources.items()}
+            results = {name: float(to_numpy(value)) for name, value in found.items()}  # it may be a metric's variable
         results = {name: results.get(name, mean) for name, mean in progress.means.result().items()}
         mean = self._runner.objective.mean
         if kind == "train" and "loss" in results and mean not in self._runner.batch_metrics.updated[kind]:

@@ -11,7 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from looplab.compat import converted, drawing_from, trained_by, with_rates
+from looplab.compat import converted, drawing_from, trained_by
+from looplab.keras_models import with_rates
 from looplab.loop import context, plausible, replicas, step_checks
 from looplab.loop.fused import FusedUpdates
 from looplab.loop.graphs import creating_ahead
