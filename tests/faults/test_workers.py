@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from test_replicas import BATCH, CASES, X, Y, assert_equal_but_for_rounding, interrupted, losses, table, train
 
 import looplab
 from looplab.testing import read_scalars
-from tests.test_replicas import BATCH, CASES, X, Y, assert_equal_but_for_rounding, interrupted, losses, table, train
 
 ROOT = Path(looplab.__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,9 +7,9 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from published import SYSTEMS
 
 import looplab
+from published import SYSTEMS
 
 pytestmark = [
     pytest.mark.usefixtures("no_graph_rewrites"),
