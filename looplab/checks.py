@@ -194,13 +194,13 @@ def same(workers: Any, log_dir: Any, epochs: int, initial_epoch: int, resume: bo
     workers.require_same("`fit`", lambda: arguments | given)
 
 
-def unseeded(what: str, resumes: bool, workers: int) -> None:
+def unseeded(name: str, what: str, resumes: bool = False, workers: int = 1) -> None:
     """Warns of a random dataset that cannot be restored; raises an error if a run resumes or workers share it."""
     effect = "a resumed training sees other batches than one that was never interrupted"
     if workers > 1:
         effect = f"the {workers} workers, which each read a part of it, would see some examples twice and others never"
     text = (
-        f"`x` has {what}, so {effect}. Pass a seed, such as `dataset.shuffle(1000, seed=0)`; leave out "
+        f"`{name}` has {what}, so {effect}. Pass a seed, such as `dataset.shuffle(1000, seed=0)`; leave out "
         f"`deterministic=False`; augment examples within the step, or with `tf.random.stateless_...` and a seed from "
         f"the data."
     )

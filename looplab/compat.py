@@ -241,16 +241,19 @@ def dataset_function(dataset: tf.data.Dataset) -> Any:
     return getattr(getattr(dataset, "_map_func", None), "function", None)
 
 
+def nodes(definition: tf.compat.v1.GraphDef) -> list[Any]:
+    """All operations of a graph, with those of the functions that it calls."""
+    return [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+
+
 def operation_types(graph: tf.Graph) -> set[str]:
     """The types of all operations of a graph, with those of the functions that it calls."""
-    definition = graph.as_graph_def()
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    return {node.op for node in nodes}
+    return {node.op for node in nodes(graph.as_graph_def())}
 
 
 def is_ordered(dataset: tf.data.Dataset) -> bool:
-    """Whether this dataset itself keeps its order, though threads compute it."""
-    return getattr(dataset, "_deterministic", None) != "false" and dataset.options().deterministic is not False
+    """Whether this dataset itself keeps its order, though threads compute it; `interleave` does not say."""
+    return getattr(dataset, "_deterministic", None) != "false"
 
 
 def draws_anew(dataset: tf.data.Dataset) -> bool:

@@ -1189,6 +1189,11 @@ def of_several():
     return tf.data.Dataset.range(2).flat_map(lambda number: batches(X, LABELS).shuffle(9))
 
 
+def unordered(x, y):
+    pairs = tf.data.Dataset.from_tensors((x, y))
+    return pairs.map(lambda x, y: (x, y), num_parallel_calls=2, deterministic=False)
+
+
 def in_no_order():
     options = tf.data.Options()
     options.deterministic = False
@@ -1298,14 +1303,20 @@ WARNINGS = {
     ),
     **{
         f"dataset in no order, by its {what}, to be saved": (
-            f"`x` has `{name}` with `deterministic=False`.*leave out `deterministic=False`",
+            f"`x` has {name} with `deterministic=False`.*leave out `deterministic=False`",
             lambda place, change=change: trainer(log_dir=place.folder / "run").fit(
                 change(batches(X, LABELS)), verbose=0
             ),
         )
         for what, name, change in [
-            ("map", "map", lambda data: data.map(lambda x, y: (x, y), num_parallel_calls=2, deterministic=False)),
+            ("map", "`map`", lambda data: data.map(lambda x, y: (x, y), num_parallel_calls=2, deterministic=False)),
             ("options", "options", lambda data: data.with_options(in_no_order())),
+            (
+                "interleave",
+                "`interleave`",
+                lambda data: data.interleave(unordered, num_parallel_calls=2, deterministic=False),
+            ),
+            ("function", "`flatmap`", lambda data: data.flat_map(unordered)),
         ]
     },
     "dataset with fewer batches than steps": (

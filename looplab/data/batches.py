@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from looplab import checks
 from looplab.compat import is_loader, of_one_replica
 from looplab.data import sources
 from looplab.data.arrays import is_arrays, leaves, to_arrays
@@ -66,6 +67,9 @@ def from_arguments(
 
     plain = batches.start(first_epoch, 0)
     check_sparse(name, plain.element_spec, strategy.num_replicas_in_sync)
+    unseeded = find_unseeded(shared(plain, workers, not training)) if isinstance(plain, tf.data.Dataset) else ""
+    if unseeded and workers > 1:
+        checks.unseeded(name, unseeded, workers=workers)
 
     def distributed(data: Any) -> Any:
         if isinstance(data, tf.data.Dataset):
@@ -92,7 +96,7 @@ def from_arguments(
             "steps_per_epoch": batches.steps,
         },
         element_spec=first.element_spec,
-        unseeded=find_unseeded(plain) if isinstance(plain, tf.data.Dataset) else "",
+        unseeded=unseeded,
     )
 
 

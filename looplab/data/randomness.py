@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from looplab.compat import dataset_function, dataset_seeds, draws_anew, is_ordered, operation_types, parents
+from looplab.compat import dataset_function, dataset_seeds, draws_anew, is_ordered, nodes, operation_types, parents
 
 # Kernels that keep a counter of their own; stateless kernels and those of `tf.random.Generator` do not.
 _UNSAVED_RANDOM = {
@@ -18,11 +18,16 @@ _COUNTING = {"RngReadAndSkip", "RngSkip", "AssignVariableOp", "AssignAddVariable
 
 def find_unseeded(dataset: tf.data.Dataset) -> str:
     """What differs in a dataset from run to run; "" if nothing does."""
+    return "options with `deterministic=False`" if dataset.options().deterministic is False else _found(dataset)
+
+
+def _found(dataset: tf.data.Dataset) -> str:
+    """What differs from run to run in a dataset and those that it reads, whatever its options."""
     for parent in parents(dataset):
-        if found := find_unseeded(parent):
+        if found := _found(parent):
             return found
     kind = type(dataset).__name__.strip("_").removesuffix("Dataset").removeprefix("Parallel").lower()
-    if not is_ordered(dataset):
+    if not is_ordered(dataset) or _has_unordered(dataset):
         return f"`{kind}` with `deterministic=False`"
     if all(seed is not None and int(seed) == 0 for seed in dataset_seeds(dataset)):
         return f"`{kind}` without a `seed`"
@@ -35,6 +40,20 @@ def find_unseeded(dataset: tf.data.Dataset) -> str:
         return f"`shuffle` without a `seed` in `{kind}`"
     counting = [operation.type for operation in operations if operation.type in _COUNTING]
     return next((f"{found} in `{kind}`" for found in [*random_operations(function.graph), *counting]), "")
+
+
+def _has_unordered(dataset: tf.data.Dataset) -> bool:
+    """Whether the function of a dataset creates one in no order; or if it is a parallel `interleave`, it itself."""
+    function = dataset_function(dataset)
+    if type(dataset).__name__.startswith("_ParallelInterleave"):
+        variant = tf.data.experimental.to_variant(dataset)
+        graph = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)  # without a warning
+        definition = tf.compat.v1.GraphDef.FromString(graph.numpy())
+    elif function is not None:
+        definition = function.graph.as_graph_def()
+    else:
+        return False
+    return any(node.attr["deterministic"].s == b"false" for node in nodes(definition) if "deterministic" in node.attr)
 
 
 def reshuffles(dataset: tf.data.Dataset) -> bool:

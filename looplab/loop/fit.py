@@ -61,9 +61,8 @@ class Fit:
         )
         self.resume.check(asked)
         store, is_requested = self.resume.store, self.resume.is_requested
-        workers = engine.workers.number
-        if self.train.unseeded and (store.saves or is_requested or workers > 1):
-            checks.unseeded(self.train.unseeded, is_requested, workers)
+        if self.train.unseeded and (store.saves or is_requested):
+            checks.unseeded("x", self.train.unseeded, is_requested)
         for data in (self.train, self.validation) if store.saves or is_requested else ():
             if data is not None and data.inexact:
                 checks.inexact(data.name, data.inexact)

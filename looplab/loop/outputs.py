@@ -31,6 +31,6 @@ def joined(*parts: Any) -> Any:
         ragged = max(axis for axis, sizes in enumerate(lengths) if axis > 0 and len(sizes) > 1)
         parts = tuple(tf.RaggedTensor.from_tensor(part, ragged_rank=ragged) for part in parts)
     if any(isinstance(part, tf.SparseTensor) for part in parts):
-        return tf.sparse.to_dense(tf.sparse.concat(0, parts)).numpy()
+        return tf.sparse.to_dense(tf.sparse.concat(0, list(parts))).numpy()
     whole = tf.concat(parts, 0)
     return whole.numpy() if isinstance(whole, tf.Tensor) else whole

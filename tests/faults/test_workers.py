@@ -108,8 +108,9 @@ def compute(strategy, rank, folder):
         trainer.fit(tf.data.Dataset.from_tensor_slices((NUMBERS, NUMBERS)).shuffle(9).batch(4), verbose=0)
     pairs = tf.data.Dataset.from_tensor_slices((NUMBERS, NUMBERS)).batch(4)
     unordered = pairs.map(lambda x, y: (x, y), num_parallel_calls=2, deterministic=False)
-    with pytest.raises(ValueError, match=r"`x` has `map` with `deterministic=False`, so the . workers, which each"):
-        trainer.fit(unordered, verbose=0)
+    for method in (trainer.fit, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"`x` has `map` with `deterministic=False`, so the . workers, which each"):
+            method(unordered, verbose=0)
     with pytest.raises(ValueError, match=f"the trainer has {workers} workers"):
         trainer.train_on_batch(NUMBERS, NUMBERS)
     with pytest.raises(ValueError, match=r"`fit`: `epochs` is 1 on the first worker, and 2 on worker 1. Pass the same"):

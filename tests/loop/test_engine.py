@@ -143,6 +143,8 @@ def test_data_that_ends_early_or_at_once(bare):
 
 def test_joins_rows_of_several_lengths():
     np.testing.assert_array_equal(joined(np.ones((1, 2)), np.zeros((2, 2))), [[1, 1], [0, 0], [0, 0]])
+    sparse = tf.sparse.from_dense([[1.0, 0.0]])
+    np.testing.assert_array_equal(joined(sparse, sparse), [[1, 0], [1, 0]])
     ragged = joined(np.ones((1, 2)), np.zeros((1, 3)))
     assert ragged.to_list() == [[1, 1], [0, 0, 0]]
     with pytest.raises(ValueError, match="outputs of one rank"):
