@@ -138,7 +138,7 @@ class Pictures(keras.callbacks.Callback):
             return
         for name, image in self._draw().items():  # on all workers, because it may predict
             self.model.log_image(name, image[None])
-            if self.model.is_chief:
+            if self.model.strategy.extended.should_save_summary:
                 write_png(Path(log_dir) / "pictures" / f"{name}-{epoch + 1:03d}.png", image)
 
 

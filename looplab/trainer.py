@@ -57,6 +57,8 @@ class Trainer(Steps):
         (4, 2)
         >>> sorted(trainer.evaluate(x, 3 * x, verbose=0))
         ['loss', 'mae']
+        >>> trainer.predict(x, verbose=0).shape
+        (8, 1)
     """
 
     steps_per_execution = AsCompiled("auto", checks.steps_per_execution)
@@ -293,7 +295,6 @@ class Trainer(Steps):
     log_dir = property(lambda self: self._looplab.folder.path, doc="The log folder, as an absolute path, or None.")
     seed = property(lambda self: self._looplab.state.seed, doc="Of the order of the data and of `seed_generator`.")
     strategy = property(lambda self: self._looplab.runner.strategy, doc="The `tf.distribute.Strategy` of its creation.")
-    is_chief = property(lambda self: self._looplab.workers.is_chief, doc="Whether this worker writes the files.")
     steps = property(lambda self: self._looplab.state.steps, doc="The number of training steps since its creation.")
     epochs = property(lambda self: self._looplab.state.epochs, doc="The number of completed epochs.")
     skipped_steps = property(lambda self: self._looplab.state.skipped_steps, doc="Of these, how many were skipped.")

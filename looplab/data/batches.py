@@ -67,7 +67,8 @@ def from_arguments(
 
     plain = batches.start(first_epoch, 0)
     check_sparse(name, plain.element_spec, strategy.num_replicas_in_sync)
-    unseeded = find_unseeded(shared(plain, workers, not training)) if isinstance(plain, tf.data.Dataset) else ""
+    matters = isinstance(plain, tf.data.Dataset) and (training or workers > 1)
+    unseeded = find_unseeded(shared(plain, workers, not training)) if matters else ""
     if unseeded and workers > 1:
         checks.unseeded(name, unseeded, workers=workers)
 
@@ -130,13 +131,12 @@ def _from_arrays(
     training_from: int | None,
     strategy: tf.distribute.Strategy,
 ) -> Batches:
-    replicas = strategy.num_replicas_in_sync
     resident = Resident(arrays, batch_size, seed)
     length = steps or resident.batches
 
     def start(epoch: int, batch: int) -> Any:
         first = number_of(epoch, batch, length, resident.batches, training_from or 0)
-        return resident.at(first) if replicas == 1 else _pipeline(resident, first)
+        return resident.at(first) if strategy.num_replicas_in_sync == 1 else _pipeline(resident, first)
 
     described = {"examples": resident.rows, "batch_size": batch_size, "shuffle": seed is not None}
     steps = min(length, resident.batches) if training_from is None else length

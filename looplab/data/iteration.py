@@ -50,7 +50,7 @@ class Batches:
     arrays: Any = None
     """x, (x, y) or (x, y, sample_weight), if they were passed as arrays."""
     unseeded: str = ""
-    """What is random in it without a seed; "" if nothing is."""
+    """What differs in it from run to run; "" if nothing does. Of an evaluation by one worker, it is unknown."""
     dataset: tf.data.Dataset | None = None
     """The user's dataset, if it shuffles in each iteration."""
     draws_several: bool = False

@@ -1,7 +1,7 @@
 """Small trainings to be killed, the child processes in which they run, and what a run leaves in its folder.
 
-The environment variable LOOPLAB_FAULTS sets how many faults the tests make: without it each test makes a few (less than
-three minutes for all), LOOPLAB_FAULTS=200 is the long form (hours).
+The environment variable LOOPLAB_FAULTS sets how many faults the tests make: without it each test makes a few,
+LOOPLAB_FAULTS=200 is the long form (hours).
 """
 
 from __future__ import annotations
