@@ -192,11 +192,14 @@ def converting_users_code() -> Iterator[None]:
         autograph.CONVERSION_RULES = rules
 
 
+_OUTSIDE = tf.__internal__.autograph.control_status_ctx()  # outside of graphs: AutoGraph converts what it is given
+
+
 def converted(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that may be a user's, to be called in a graph: its conditions and loops may depend on tensors."""
     if tf.executing_eagerly():
         return function
-    return tf.__internal__.autograph.tf_convert(function, tf.__internal__.autograph.control_status_ctx())
+    return tf.__internal__.autograph.tf_convert(function, _OUTSIDE)
 
 
 AUTOGRAPH_LOG, NOT_CONVERTED = ag_logging, "AutoGraph could not transform"

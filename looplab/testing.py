@@ -13,7 +13,6 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from looplab import checks
 from looplab.checkpoint.policy import Checkpoint
@@ -84,6 +83,9 @@ def read_images(folder: str | Path) -> dict[str, list[tuple[int, list[bytes]]]]:
 
 def _values(folder: str | Path, plugin: str) -> Iterator[tuple[int, str, Any]]:
     """(step, tag, tensor) of each point that a plugin shows."""
+    # Here, because programs that read no event files would wait for it.
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
     plugins: dict[str, str] = {}  # only the first point of a tag must have metadata
     for path in sorted(local_path("folder", folder).glob("events.out.tfevents.*")):
         for event in EventFileLoader(os.fsencode(path)).Load():

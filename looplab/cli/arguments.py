@@ -11,11 +11,12 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import docstring_parser
 import numpy as np
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+if TYPE_CHECKING:
+    from tyro.constructors import PrimitiveConstructorSpec
 
 REQUIRED = inspect.Parameter.empty  # stands for the default of an argument that has none
 _CONTAINERS = (tuple, list, set, frozenset, dict)
@@ -39,6 +40,8 @@ def arguments(owner: Callable) -> list[Argument]:
 
     An argument whose default is a dataclass stands for its fields.
     """
+    import docstring_parser  # here, because programs without a command line would wait for it
+
     described = docstring_parser.parse(inspect.getdoc(owner) or "").params
     lines = {argument.arg_name: " ".join((argument.description or "").split()) for argument in described}
     found: list[Argument] = []
@@ -56,6 +59,8 @@ def arguments(owner: Callable) -> list[Argument]:
 
 def spec_of(kind: Any) -> PrimitiveConstructorSpec | None:
     """How words become a value of this type; None if they cannot, or if it is unclear where its parts end."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo  # as above
+
     plain = str if kind is Any else frozenset[str] if kind is frozenset else kind
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(plain, set()))
     return spec if isinstance(spec, PrimitiveConstructorSpec) and not _is_ambiguous(kind) else None

@@ -185,15 +185,17 @@ class Compiled:
 
     def _on_iterator(self, iterator, first, steps):
         """The loop around the step: a graph, or in eager mode run by Python."""
-        tables, done, continues = self._start(steps)
-        batch, waited = self._read(iterator)
-        while continues & batch.has_value():
-            tables, continues = self._recorded(tables, done, first, batch.get_value())
-            done += 1
-            continues &= done < steps
-            if continues:  # otherwise the next call would lack a batch, and an error the faulty one
-                batch, seconds = self._read(iterator)
-                waited += seconds
+
+        def is_due(tables, done, continues, batch, waited):
+            return continues & batch.has_value()
+
+        def body(tables, done, continues, batch, waited):
+            tables, done, continues = self._recorded(tables, done, steps, first, batch.get_value())
+            # If this was the last, the next call needs the next batch, and an error the faulty one.
+            batch, seconds = tf.cond(continues, lambda: self._read(iterator), lambda: (batch, tf.zeros_like(waited)))
+            return tables, done, continues, batch, waited + seconds
+
+        tables, done, _, batch, waited = _repeated(is_due, body, [*self._start(steps), *self._read(iterator)])
         return [table.stack()[:done] for table in tables], batch, waited
 
     def _read(self, iterator: Any) -> tuple[Any, tf.Tensor]:
@@ -215,12 +217,13 @@ class Compiled:
 
         def call(tensors, order, batch_size, position, most, first, steps):
             steps = tf.minimum(steps, most)
-            tables, done, continues = self._start(_MOST if by_xla else steps)
-            while continues:
+
+            def body(tables, done, _):
                 batch = gather(layout, tensors, rows_of(order, position + done, batch_size, batch_rows))
-                tables, continues = self._recorded(tables, done, first, batch)
-                done += 1
-                continues &= done < steps
+                return self._recorded(tables, done, steps, first, batch)
+
+            start = self._start(_MOST if by_xla else steps)
+            tables, done, _ = tf.while_loop(lambda tables, done, continues: continues, body, start)
             return [table.stack()[: None if by_xla else done] for table in tables], done
 
         most = min(most, _MOST) if by_xla else most
@@ -257,15 +260,16 @@ class Compiled:
             tables = [tf.TensorArray(dtype, steps, element_shape=(n,)) for dtype, n in columns.items() if n]
         return tables, tf.constant(0), tf.constant(True)
 
-    def _recorded(self, tables, done, first, batch):
-        """Runs a step: the tables with its values, and whether another step may follow."""
+    def _recorded(self, tables, done, steps, first, batch):
+        """Runs a step: the tables with its values, how many are done, and whether another step may follow."""
         weight, scalars, images, fault = self._sound_step(batch)
         rows, *pictures = tables
         rows = rows.write(done, self._row(weight, scalars, fault))
         pictures = [table.write(done, self._encoded(images, first + tf.cast(done, tf.int64))) for table in pictures]
         with tf.control_dependencies([fault]):  # otherwise it could be read before the step has run
             stops = False if self._stop is None else tf.convert_to_tensor(self._stop)
-        return [rows, *pictures], tf.equal(fault, 0) & tf.logical_not(stops)
+        done += 1
+        return [rows, *pictures], done, tf.equal(fault, 0) & tf.logical_not(stops) & (done < steps)
 
     def _row(self, weight: tf.Tensor, scalars: dict[str, tf.Tensor], fault: tf.Tensor) -> tf.Tensor:
         """The numbers of a step, in the order of the columns."""
@@ -279,6 +283,15 @@ class Compiled:
             due = tf.equal((number - 1) % self._image_every[name], 0)
             cells.append(tf.cond(due, lambda image=image: tf.io.serialize_tensor(image_content(image)), lambda: ""))
         return tf.stack(cells) if cells else tf.zeros((0,), tf.string)
+
+
+def _repeated(is_due: Callable[..., Any], body: Callable[..., Any], values: Sequence[Any]) -> Sequence[Any]:
+    """`tf.while_loop`; in eager mode for values of any type."""
+    if not tf.executing_eagerly():
+        return tf.while_loop(is_due, body, values)
+    while is_due(*values):
+        values = body(*values)
+    return values
 
 
 def _wide(value: tf.Tensor) -> tf.Tensor:
