@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import json
 import os
 import re
@@ -23,6 +24,10 @@ tf.config.set_logical_device_configuration(
 )
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported by now stays: without this, the garbage collector looks through it again and again
 
 
 @pytest.fixture(autouse=True)
