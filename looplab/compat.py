@@ -18,6 +18,7 @@ from keras.src.random import seed_generator
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import data_adapter_utils
 from tensorflow.python.autograph.core import config as autograph
+from tensorflow.python.autograph.core.ag_ctx import ControlStatusCtx, Status
 from tensorflow.python.autograph.core.config import Convert, DoNotConvert
 from tensorflow.python.autograph.utils import ag_logging
 
@@ -192,14 +193,11 @@ def converting_users_code() -> Iterator[None]:
         autograph.CONVERSION_RULES = rules
 
 
-_OUTSIDE = tf.__internal__.autograph.control_status_ctx()  # outside of graphs: AutoGraph converts what it is given
-
-
 def converted(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that may be a user's, to be called in a graph: its conditions and loops may depend on tensors."""
     if tf.executing_eagerly():
         return function
-    return tf.__internal__.autograph.tf_convert(function, _OUTSIDE)
+    return tf.__internal__.autograph.tf_convert(function, ControlStatusCtx(Status.ENABLED))
 
 
 AUTOGRAPH_LOG, NOT_CONVERTED = ag_logging, "AutoGraph could not transform"
