@@ -100,8 +100,3 @@ def test_steps_and_properties_may_be_overridden():
     assert own.resets == 1
     own.train_step = lambda batch: {"loss": 0.0}
     assert own.fit(X, X, verbose=0).history == {"loss": [0.0]}
-
-
-def test_a_trainer_has_few_names():
-    names = {name for name in dir(trainer(looplab.Trainer)) if not hasattr(object, name)}
-    assert len(names - {"__dict__", "__module__", "__weakref__", "__annotations__"}) <= 50

@@ -810,3 +810,18 @@ def test_logging_in_a_prediction_is_no_error(line):
 
     trainer = looplab.Trainer(Talking())
     np.testing.assert_array_equal(trainer.predict(line[0]), line[0])
+
+
+def test_autograph_converts_what_a_loss_passes_to_tensorflow():
+    def halved(strategy, outputs):
+        if tf.reduce_sum(outputs) > 0:
+            return outputs / 2
+        return outputs
+
+    def loss(targets, outputs):
+        return (tf.distribute.get_replica_context().merge_call(halved, (outputs,)) - targets) ** 2
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    ones = np.ones((4, 1), "float32")
+    history = looplab.Trainer(model, optimizer="sgd", loss=loss).fit(ones, 2 * ones, verbose=0).history
+    assert history == {"loss": [2.25]}
